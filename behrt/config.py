@@ -1,0 +1,405 @@
+"""Which settings does a run have, and which values may they take?
+
+Every setting is keyword-only, frozen, validated on construction, and named exactly like its command-line flag
+(`lora_rank` is `--lora-rank`). An experiment file groups them into the sections `model`, `adaptation`, `data` and
+`training`; `load_experiment` reads one and lays flags over it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+ModelSize = Literal["small", "medium", "large"]
+LoRATarget = Literal["query", "key", "value", "output", "feedforward"]
+Structure = Literal["hmm", "none"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+FLAGS = "flags"
+"""Where settings come from that no file holds; errors then name the flag."""
+
+MAX_AUTO_POSITION = 512
+"""Positions that `--max-position auto` never exceeds."""
+
+SELECTED_SHARE = 0.15
+"""Share of the ordinary (not special) tokens that are selected to be guessed (Devlin et al., 2019)."""
+SHOWN_AS_MASK = 0.8
+"""Of the selected tokens, the share shown as `[MASK]`."""
+SHOWN_AS_RANDOM = 0.1
+"""Of the selected tokens, the share shown as a code drawn uniformly from all ordinary ones; the rest shows itself."""
+
+
+class UserError(ValueError):
+    """A mistake of the user's: one line that names the file or flag, what was found, what was expected, what to do."""
+
+
+def nearest(name: str, candidates: list[str]) -> str:
+    """The known name that a misspelt one most resembles, as a hint to append to an error.
+
+    >>> nearest("droput", ["dropout", "epochs"])
+    "; did you mean 'dropout'?"
+    >>> nearest("zzz", ["dropout", "epochs"])
+    '; known: dropout, epochs'
+    """
+    close = difflib.get_close_matches(name, candidates, n=1)
+    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(sorted(candidates))}"
+
+
+def describe_validation_error(error: ValidationError, cls: type[BaseModel], where: str) -> str:
+    """The first problem of a pydantic error as one line: place, finding, expectation, nearest known name."""
+    problem = error.errors(include_url=False)[0]
+    path = [str(part) for part in problem["loc"]]
+    owner: type[BaseModel] = cls
+    for part in path[:-1]:
+        annotation = owner.model_fields[part].annotation if part in owner.model_fields else None
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            owner = annotation
+    if where == FLAGS:
+        place = "--" + path[-1].replace("_", "-") if path else where
+    else:
+        place = f"{where}: {'.'.join(path)}" if path else where
+    if problem["type"] == "extra_forbidden":
+        return f"{place}: unknown key{nearest(path[-1], list(owner.model_fields))}"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if problem["type"] == "value_error" and not path:
+        return f"{where}: {message}"
+    found = problem["input"]
+    return f"{place}: {message} (found {str(found)[:60]!r})"
+
+
+class Section(BaseModel):
+    """Base of the sections of an experiment: keyword-only, frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Settings(Section):
+    """Base of settings that stand on their own: construction raises `UserError`, with the nearest known name."""
+
+    where: ClassVar[str] = "settings"
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise UserError(describe_validation_error(error, type(self), type(self).where)) from None
+
+
+SIZES: dict[str, dict[str, int]] = {
+    "small": {
+        "embedding_dim": 64,
+        "hidden_dim": 128,
+        "num_layers": 2,
+        "num_heads": 4,
+        "feedforward_dim": 512,
+        "max_position": 50,
+    },
+    "medium": {
+        "embedding_dim": 128,
+        "hidden_dim": 256,
+        "num_layers": 4,
+        "num_heads": 8,
+        "feedforward_dim": 1024,
+        "max_position": 100,
+    },
+    "large": {
+        "embedding_dim": 256,
+        "hidden_dim": 512,
+        "num_layers": 6,
+        "num_heads": 8,
+        "feedforward_dim": 2048,
+        "max_position": 200,
+    },
+}
+"""The three sizes: small for a laptop, medium for a small GPU, large for an A40."""
+
+
+class BEHRTConfig(Settings):
+    """Shape of one BEHRT model.
+
+    >>> BEHRTConfig.small(vocab_size=1000).hidden_dim
+    128
+    >>> BEHRTConfig(vocab_size=1000, hidden_dim=128, num_heads=3)
+    Traceback (most recent call last):
+    ...
+    behrt.config.UserError: model: num_heads 3 does not divide hidden_dim 128
+    """
+
+    where: ClassVar[str] = "model"
+
+    vocab_size: int = Field(gt=5, description="number of tokens, the five special ones included")
+    embedding_dim: int = Field(default=64, gt=0)
+    hidden_dim: int = Field(default=128, gt=0)
+    num_layers: int = Field(default=2, gt=0)
+    num_heads: int = Field(default=4, gt=0)
+    feedforward_dim: int = Field(default=512, gt=0)
+    max_position: int = Field(default=50, ge=3, description="longest sequence, special tokens included")
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    age_bins: int = Field(default=22, ge=2, description="bin 0 is an unknown age; five years each, the last is 100+")
+    max_visits: int = Field(default=512, ge=2, description="visit numbers are clipped below this")
+
+    @model_validator(mode="after")
+    def _heads_divide_the_hidden_size(self) -> Self:
+        if self.hidden_dim % self.num_heads:
+            raise ValueError(f"num_heads {self.num_heads} does not divide hidden_dim {self.hidden_dim}")
+        return self
+
+    def to_dict(self) -> dict[str, int | float]:
+        """The fields by name: what model libraries (PEFT is one) ask a model's `config` for."""
+        return self.model_dump()
+
+    @classmethod
+    def of_size(cls, size: str, **overrides: Any) -> Self:
+        """The named size with some fields replaced; `vocab_size` is required."""
+        if size not in SIZES:
+            raise UserError(f"model_size: {size!r} is not one of {', '.join(SIZES)}")
+        return cls(**{**SIZES[size], **overrides})
+
+    @classmethod
+    def small(cls, **overrides: Any) -> Self:
+        return cls.of_size("small", **overrides)
+
+    @classmethod
+    def medium(cls, **overrides: Any) -> Self:
+        return cls.of_size("medium", **overrides)
+
+    @classmethod
+    def large(cls, **overrides: Any) -> Self:
+        return cls.of_size("large", **overrides)
+
+
+class ModelSettings(Section):
+    """Section `model`: the size, and what departs from it."""
+
+    model_size: ModelSize = "small"
+    vocab_size: int | None = Field(default=None, gt=5, description="default: the data's own vocabulary")
+    max_position: int | Literal["auto"] = "auto"
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    embedding_dim: int | None = Field(default=None, gt=0)
+    hidden_dim: int | None = Field(default=None, gt=0)
+    num_layers: int | None = Field(default=None, gt=0)
+    num_heads: int | None = Field(default=None, gt=0)
+    feedforward_dim: int | None = Field(default=None, gt=0)
+
+    @field_validator("max_position")
+    @classmethod
+    def _room_for_a_sequence(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 3:
+            raise ValueError("a sequence needs at least 3 positions ([CLS] code [SEP]), or 'auto'")
+        return value
+
+    def config(self, *, vocab_size: int, max_position: int | None = None) -> BEHRTConfig:
+        """The model's shape for a vocabulary; `max_position` replaces the size's own where it was left on `auto`."""
+        shape = {
+            name: value
+            for name in ("embedding_dim", "hidden_dim", "num_layers", "num_heads", "feedforward_dim")
+            if (value := getattr(self, name)) is not None
+        }
+        if isinstance(self.max_position, int):
+            shape["max_position"] = self.max_position
+        elif max_position is not None:
+            shape["max_position"] = max_position
+        return BEHRTConfig.of_size(self.model_size, vocab_size=vocab_size, dropout=self.dropout, **shape)
+
+
+class AdaptationSettings(Section):
+    """Section `adaptation`: what is trained, and where the weights start."""
+
+    use_lora: bool = False
+    lora_rank: int = Field(default=16, ge=1)
+    lora_alpha: float | None = Field(default=None, gt=0, description="default: twice the rank")
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    lora_targets: tuple[LoRATarget, ...] = Field(default=("query", "key", "value", "output"), min_length=1)
+    freeze_base: bool = True
+    train_embeddings: bool = True
+    train_head: bool = True
+    init_from: str | None = Field(default=None, description="a run, an experiment folder or a checkpoint folder")
+
+    @field_validator("lora_targets", mode="before")
+    @classmethod
+    def _split_commas(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        if isinstance(value, (list, tuple)):
+            known = list(LoRATarget.__args__)  # type: ignore[attr-defined]
+            for target in value:
+                if target not in known:
+                    raise ValueError(f"{target!r} names no linear layer{nearest(str(target), known)}")
+            value = tuple(dict.fromkeys(value))
+        return value
+
+
+class DataSettings(Section):
+    """Section `data`: prepared records, or a simulated cohort."""
+
+    data: str | None = Field(default=None, description="prepared records; without it a cohort is simulated")
+    num_patients: int = Field(default=5000, ge=20, description="patients of the simulated cohort")
+    max_patients: int | None = Field(default=None, ge=1, description="use only this many training patients")
+    structure: Structure = "hmm"
+    simulation_seed: int = Field(default=0, ge=0)
+
+
+class TrainingSettings(Section):
+    """Section `training`: optimisation, stopping, and the machine."""
+
+    epochs: int = Field(default=50, ge=1)
+    batch_size: int = Field(default=32, ge=1, description="patients per optimizer step")
+    accumulation_steps: int = Field(default=1, ge=1, description="micro-batches that a step is computed in")
+    lr: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup_fraction: float = Field(default=0.05, ge=0, lt=1, description="share of all steps")
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    gradient_clip: float = Field(default=1.0, gt=0, description="largest L2 norm of the gradient")
+    early_stopping_patience: int = Field(default=10, ge=0, description="epochs without a better val_loss; 0 is never")
+    early_stopping_min_delta: float = Field(default=0.0, ge=0, description="how much lower counts as better")
+    seed: int = Field(default=0, ge=0)
+    device: Device = "auto"
+    precision: Precision = "auto"
+
+    @model_validator(mode="after")
+    def _micro_batches_hold_patients(self) -> Self:
+        if self.accumulation_steps > self.batch_size:
+            raise ValueError(
+                f"accumulation_steps {self.accumulation_steps} is more than batch_size {self.batch_size} patients"
+            )
+        return self
+
+
+EXPERIMENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class ExperimentSettings(Section):
+    """All settings of one training run."""
+
+    note: str = ""
+    model: ModelSettings = ModelSettings()
+    adaptation: AdaptationSettings = AdaptationSettings()
+    data: DataSettings = DataSettings()
+    training: TrainingSettings = TrainingSettings()
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting as `section.name`, the form in which MLflow stores them."""
+        sections = self.model_dump(mode="json", exclude={"note"})
+        return {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
+
+
+SECTION_OF: dict[str, str] = {
+    name: section
+    for section, cls in (
+        ("model", ModelSettings),
+        ("adaptation", AdaptationSettings),
+        ("data", DataSettings),
+        ("training", TrainingSettings),
+    )
+    for name in cls.model_fields
+}
+"""The section of each setting; names are unique over sections, so that a flag needs no prefix."""
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "m1": {
+        "model_size": "small",
+        "use_lora": True,
+        "lora_rank": 8,
+        "num_patients": 200,
+        "epochs": 50,
+        "batch_size": 16,
+        "lr": 1e-4,
+        "weight_decay": 0.01,
+        "dropout": 0.1,
+        "early_stopping_patience": 10,
+    },
+    "a40": {
+        "model_size": "large",
+        "use_lora": True,
+        "lora_rank": 16,
+        "num_patients": 5000,
+        "epochs": 100,
+        "batch_size": 128,
+        "lr": 1e-4,
+        "weight_decay": 0.01,
+        "dropout": 0.2,
+        "early_stopping_patience": 10,
+    },
+}
+"""The two starting points of the troubleshooting guide, section "Starting Points (Recommended Defaults)"."""
+
+
+def lay_over(base: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested experiment mapping with flat flags laid over it, each into its section.
+
+    >>> lay_over({"model": {"dropout": 0.2}}, {"dropout": 0.3, "lr": 0.001})
+    {'model': {'dropout': 0.3}, 'training': {'lr': 0.001}}
+    """
+    merged: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value for key, value in base.items()}
+    for name, value in flags.items():
+        section = merged.setdefault(SECTION_OF[name], {})
+        if isinstance(section, dict):  # anything else is refused, by name, when the settings are built
+            section[name] = value
+    return merged
+
+
+def read_experiment_file(path: Path) -> dict[str, Any]:
+    """The nested mapping of an `experiment.yaml`; `UserError` where it is missing, unreadable or no mapping."""
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such experiment file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"{path}: cannot be read: {reason}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(
+            f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or 'cannot be parsed'}"
+        ) from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+        raise UserError(
+            f"{path}: expected sections model, adaptation, data and training, found {type(loaded).__name__}"
+        )
+    return loaded
+
+
+def build_settings(nested: Mapping[str, Any], *, where: str = "settings") -> ExperimentSettings:
+    """Validated settings from a nested mapping; errors name `where` (a file, or the flags)."""
+    try:
+        return ExperimentSettings.model_validate(dict(nested))
+    except ValidationError as error:
+        raise UserError(describe_validation_error(error, ExperimentSettings, where)) from None
+
+
+def load_experiment(
+    path: Path | None = None, *, preset: str | None = None, flags: Mapping[str, Any] | None = None
+) -> ExperimentSettings:
+    """Flags over file over preset over defaults.
+
+    Raises:
+        UserError: unknown preset or key (with the nearest match), a value out of range, an unreadable file.
+    """
+    nested: dict[str, Any] = {}
+    if preset is not None:
+        if preset not in PRESETS:
+            raise UserError(f"--preset: {preset!r} is unknown{nearest(preset, list(PRESETS))}")
+        nested = lay_over(nested, PRESETS[preset])
+    if path is not None:
+        from_file = read_experiment_file(path)
+        build_settings(from_file, where=str(path))
+        for key, value in from_file.items():
+            nested[key] = {**nested.get(key, {}), **value} if isinstance(value, dict) else value
+    return build_settings(lay_over(nested, dict(flags or {})), where=FLAGS if flags else str(path or preset))
+
+
+def experiment_yaml(settings: ExperimentSettings) -> str:
+    """The settings as the text of an `experiment.yaml` that `load_experiment` reads back unchanged."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

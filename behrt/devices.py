@@ -1,0 +1,51 @@
+"""On which device, and in which precision, does a run compute?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from behrt.config import Device, Precision, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def choose_device(asked: Device) -> torch.device:
+    """The device for a setting; `auto` is CUDA, else Apple's MPS, else the CPU.
+
+    Raises:
+        UserError: the device asked for is not there.
+    """
+    import torch
+
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if asked == "auto":
+        return torch.device(next(name for name, there in present.items() if there))
+    if not present[asked]:
+        there = ", ".join(name for name, is_there in present.items() if is_there)
+        raise UserError(f"--device: {asked} was asked for but is not available here; use one of: {there}, auto")
+    return torch.device(asked)
+
+
+def choose_precision(asked: Precision, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products; weights, sums and the optimizer stay in float32 either way.
+
+    `auto` is bf16 where the hardware multiplies it faster than float32: CUDA cards that support it and CPUs with AMX
+    tiles. A CPU without them emulates bf16 and is slower for it; MPS stays on float32.
+
+    Raises:
+        UserError: bf16 was asked for on MPS.
+    """
+    import torch
+
+    if asked == "fp32":
+        return torch.float32
+    if asked == "bf16":
+        if device.type == "mps":
+            raise UserError("--precision: bf16 is not supported on mps; use fp32 or auto")
+        return torch.bfloat16
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16
+    return torch.float32
