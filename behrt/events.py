@@ -1,0 +1,170 @@
+"""What is an event, in which shards do events come, and to which split does a subject belong?
+
+Events follow the MEDS 0.4 `DataSchema` plus an optional `visit_id`. A reader returns an `EventSource`: lazy shards of
+whole subjects, each of bounded size, so that no data set ever needs to fit into memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from behrt.config import UserError
+
+EVENT_SCHEMA: dict[str, pl.DataType] = {
+    "subject_id": pl.Int64(),
+    "time": pl.Datetime("us"),
+    "code": pl.String(),
+    "numeric_value": pl.Float32(),
+    "visit_id": pl.String(),
+}
+"""Columns of every shard. A null `time` is a static event; a null `visit_id` leaves the visit to the other rules."""
+
+SPLITS = ("train", "tuning", "held_out")
+"""The patient splits, by their MEDS names."""
+
+MAX_SHARD_EVENTS = 1_000_000
+"""A shard is cut at this many events (a subject with more stays whole): some hundred megabytes while it is cleaned."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """All events of some subjects.
+
+    Attributes:
+        events: lazy frame with `EVENT_SCHEMA`, in the order of the source.
+        file: what an error about this shard names.
+    """
+
+    events: pl.LazyFrame
+    file: Path
+
+    def collect(self) -> pl.DataFrame:
+        """The shard in memory. Raises `UserError` if the file cannot be read to its end."""
+        with readable(self.file):
+            return self.events.collect()
+
+
+@dataclass(frozen=True)
+class EventSource:
+    """What a reader found.
+
+    Attributes:
+        name: of the data set.
+        files: every file that was read, for the fingerprint.
+        shards: the events; no subject is in two of them.
+        splits: `subject_id` and `split` (one of `SPLITS`), or None where the source has no splits.
+        counts: rows that the reader itself had to leave out, by reason.
+        in_order: whether the source's rows should already be sorted by subject and time.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    shards: tuple[Shard, ...]
+    splits: pl.DataFrame | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
+    in_order: bool = True
+
+
+@contextmanager
+def readable(file: Path, kind: str = "parquet") -> Iterator[None]:
+    """Turns a library's error on reading `file` into a `UserError`; its text may quote records, so it is left out."""
+    try:
+        yield
+    except pl.exceptions.NoDataError:
+        raise UserError(f"{file}: is empty, expected {kind} with a header; fetch the file again") from None
+    except (pl.exceptions.PolarsError, OSError, EOFError, pl.exceptions.PanicException) as error:
+        if isinstance(error, PermissionError):
+            raise UserError(f"{file}: no permission to read it") from None
+        if file.is_file() and file.stat().st_size == 0:
+            raise UserError(f"{file}: is empty (0 bytes), expected {kind}; fetch the file again") from None
+        raise UserError(f"{file}: cannot be read as {kind}: truncated, damaged or another format") from None
+
+
+def subject_counts(events: pl.LazyFrame) -> pl.DataFrame:
+    """Events per subject, sorted by subject: columns `subject_id`, `events`. Reads the one column, streaming."""
+    return (
+        events.select("subject_id")
+        .drop_nulls()
+        .group_by("subject_id")
+        .agg(pl.len().alias("events"))
+        .collect(engine="streaming")
+        .sort("subject_id")
+    )
+
+
+def subject_ranges(counts: pl.DataFrame, max_events: int = MAX_SHARD_EVENTS) -> list[tuple[int, int]]:
+    """Ranges of subject ids (both ends included) that hold about `max_events` events each, whole subjects always.
+
+    Ranges rather than hash buckets: files are mostly sorted by subject, and then the filter skips row groups.
+
+    >>> subject_ranges(pl.DataFrame({"subject_id": [1, 5, 9], "events": [3, 3, 3]}), max_events=6)
+    [(1, 5), (9, 9)]
+    """
+    shard = (pl.col("events").cum_sum() - 1) // max_events
+    bounds = (
+        counts.sort("subject_id")
+        .group_by(shard.alias("shard"), maintain_order=True)
+        .agg(pl.col("subject_id").min().alias("low"), pl.col("subject_id").max().alias("high"))
+    )
+    return list(zip(bounds["low"].to_list(), bounds["high"].to_list(), strict=True))
+
+
+def is_in_order(events: pl.DataFrame) -> bool:
+    """Whether rows are sorted by subject, then time (static events, whose time is null, first)."""
+    subject, time = pl.col("subject_id"), pl.col("time")
+    same = subject == subject.shift(1)
+    back = (subject < subject.shift(1)) | (same & (time < time.shift(1)))
+    static_late = same & time.is_null() & time.shift(1).is_not_null()
+    return not events.select((back | static_late).any()).item()
+
+
+def matches_code(code: str) -> pl.Expr:
+    """Whether the column `code` is this code or one of its refinements (`MEDS_DEATH`, `MEDS_DEATH//IN_HOSPITAL`)."""
+    return (pl.col("code") == code) | pl.col("code").str.starts_with(f"{code}//")
+
+
+def mix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """SplitMix64's finalizer (Steele, Lea & Flood, 2014): a bijection of 64-bit integers that scatters its input."""
+    mixed = values + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def split_by_hash(
+    subject_ids: npt.NDArray[np.int64], shares: tuple[float, float, float], seed: int
+) -> npt.NDArray[np.int8]:
+    """Index into `SPLITS` for each subject, from nothing but its id and the seed.
+
+    A subject keeps its split when others join or leave the data set, on any machine.
+
+    Args:
+        subject_ids: int64 [subjects].
+        shares: of train, tuning and held_out, summing to 1.
+
+    >>> split_by_hash(np.arange(10), (0.5, 0.3, 0.2), seed=0).tolist()
+    [1, 0, 2, 1, 0, 0, 0, 0, 2, 1]
+    """
+    seeded = subject_ids.astype(np.int64).view(np.uint64) ^ mix64(np.array([seed], np.uint64))
+    uniform = (mix64(seeded) >> np.uint64(11)).astype(np.float64) / 2.0**53  # [0, 1)
+    return np.searchsorted(np.cumsum(shares)[:2], uniform, side="right").astype(np.int8)
+
+
+def fingerprint(files: Sequence[Path], root: Path) -> str:
+    """SHA-256 over the names (relative to `root`), sizes and contents of the files, in the order of their names."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        name = file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
+        digest.update(f"{name}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

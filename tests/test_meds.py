@@ -1,0 +1,80 @@
+"""The MEDS reader: layouts, dtypes, renames, splits, shards."""
+
+import polars as pl
+import pytest
+from small_records import plain_events, random_events, write_meds
+
+from behrt.events import EVENT_SCHEMA
+from behrt.sources.meds import open_meds
+
+
+def everything(source) -> pl.DataFrame:
+    return pl.concat([shard.collect() for shard in source.shards]).sort(pl.all())
+
+
+def test_shards_have_the_event_schema_whatever_the_files_hold(tmp_path):
+    frame = plain_events().with_columns(
+        pl.col("subject_id").cast(pl.Int32),
+        pl.col("time").cast(pl.Datetime("ns", "Europe/Berlin")),
+        pl.col("code").cast(pl.Categorical),
+        pl.lit(0.5, pl.Float64).alias("numeric_value"),
+        pl.lit(7).alias("visit_id"),
+        pl.lit("ignored").alias("table"),
+    )
+    frame.write_parquet(tmp_path / "events.parquet")
+    read = everything(open_meds(tmp_path / "events.parquet", {}))
+    assert dict(read.schema) == EVENT_SCHEMA
+    plain = plain_events().with_columns(pl.lit(0.5, pl.Float32).alias("numeric_value"), pl.lit("7").alias("visit_id"))
+    assert read.equals(plain.sort(pl.all()))
+
+
+def test_optional_columns_may_be_missing_and_renamed_ones_are_found(tmp_path):
+    frame = plain_events().select("subject_id", "time", concept="code", value=pl.lit(1.5))
+    frame.write_parquet(tmp_path / "events.parquet")
+    read = everything(open_meds(tmp_path / "events.parquet", {"concept": "code", "value": "numeric_value"}))
+    assert read["numeric_value"].to_list() == [1.5] * len(read)
+    assert read["visit_id"].null_count() == len(read)
+
+
+def test_a_blank_visit_id_is_none(tmp_path):
+    plain_events().with_columns(pl.lit("").alias("visit_id")).write_parquet(tmp_path / "events.parquet")
+    read = everything(open_meds(tmp_path / "events.parquet", {}))
+    assert read["visit_id"].null_count() == len(read)
+
+
+def test_a_large_file_is_cut_into_bounded_shards_of_whole_subjects(tmp_path):
+    frame = random_events(range(1, 80), 0)
+    write_meds(tmp_path / "set", frame)
+    source = open_meds(tmp_path / "set", {}, max_shard_events=100)
+    shards = [shard.collect() for shard in source.shards]
+    assert len(shards) > 5
+    assert max(map(len, shards)) < 100 + 40
+    owners = pl.concat([shard.select("subject_id").unique() for shard in shards])
+    assert owners["subject_id"].is_unique().all()
+    assert everything(source).equals(frame.sort(pl.all()))
+
+
+def test_splits_come_from_the_file_that_meds_names(tmp_path):
+    frame = plain_events(4)
+    splits = {1: "train", 2: "tuning", 3: "held_out", 4: "train"}
+    source = open_meds(write_meds(tmp_path / "set", frame, splits=splits), {})
+    assert source.splits is not None
+    assert dict(source.splits.iter_rows()) == splits
+
+
+@pytest.mark.parametrize("above", ["", "data"])
+def test_splits_come_from_folders_named_for_them(tmp_path, above):
+    frame = plain_events(3)
+    for subject, split in ((1, "train"), (2, "tuning"), (3, "held_out")):
+        folder = tmp_path / "set" / above / split
+        folder.mkdir(parents=True)
+        frame.filter(pl.col("subject_id") == subject).write_parquet(folder / "0.parquet")
+    source = open_meds(tmp_path / "set", {})
+    assert source.splits is not None
+    assert dict(source.splits.iter_rows()) == {1: "train", 2: "tuning", 3: "held_out"}
+
+
+def test_no_splits_are_made_up_for_one_file_or_a_folder_of_files(tmp_path):
+    plain_events().write_parquet(tmp_path / "events.parquet")
+    assert open_meds(tmp_path / "events.parquet", {}).splits is None
+    assert open_meds(tmp_path, {}).splits is None
