@@ -1,0 +1,110 @@
+"""Against which numbers is a masked-code loss or accuracy read?
+
+Pure functions. Losses are in nats per scored token, accuracies shares from 0 to 1. Three lines on the same scale: what
+guessing reaches (`chance_loss`), what counting codes reaches (`unigram`), what the best model reaches (`floor.py`);
+`closed_gap` places a model between the last two.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from behrt.vocabulary import FIRST_CODE
+
+
+def chance_loss(vocab_size: int) -> float:
+    """Loss of guessing uniformly over the vocabulary: ln(vocab_size), as in the troubleshooting guide.
+
+    >>> round(chance_loss(1000), 1)
+    6.9
+    """
+    assert vocab_size > 0
+    return math.log(vocab_size)
+
+
+def unigram(train_codes: NDArray[np.int32], vocab_size: int) -> NDArray[np.float64]:
+    """Log-probability of each token by its count in the training tokens, add-one smoothed over the ordinary codes.
+
+    Args:
+        train_codes: int32 token ids of any shape; special ones are not counted.
+        vocab_size: number of tokens, the special ones included.
+
+    Returns:
+        float64 [vocab_size], -inf at special tokens.
+
+    >>> np.exp(unigram(np.array([2, 5, 5, 6, 3], dtype=np.int32), 8))
+    array([0. , 0. , 0. , 0. , 0. , 0.5 , 0.33333333, 0.16666667])
+    """
+    ordinary = train_codes[train_codes >= FIRST_CODE]
+    assert vocab_size > FIRST_CODE
+    assert ordinary.max(initial=0) < vocab_size
+    counts = np.bincount(ordinary, minlength=vocab_size)[FIRST_CODE:] + 1.0
+    log_probabilities = np.full(vocab_size, -np.inf)
+    log_probabilities[FIRST_CODE:] = np.log(counts / counts.sum())
+    return log_probabilities
+
+
+def unigram_loss_and_accuracy(log_probabilities: NDArray[np.float64], labels: NDArray[np.int32]) -> tuple[float, float]:
+    """Loss and accuracy of predicting the same distribution at every scored position.
+
+    Args:
+        log_probabilities: float64 [vocab_size], of `unigram`.
+        labels: int32 ids of the scored tokens, ordinary codes.
+
+    Returns:
+        (NaN, NaN) where nothing is scored.
+
+    >>> uniform = unigram(np.array([], dtype=np.int32), 9)
+    >>> unigram_loss_and_accuracy(uniform, np.array([5, 6], dtype=np.int32)) == (math.log(4), 0.5)
+    True
+    """
+    if not labels.size:
+        return math.nan, math.nan
+    assert (labels >= FIRST_CODE).all(), "a special token is scored"
+    accuracy = float((labels == log_probabilities.argmax()).mean())
+    return -float(log_probabilities[labels].mean()), accuracy
+
+
+def closed_gap(loss: float, unigram_loss: float, floor_loss: float) -> float:
+    """Share of the way from counting codes (0) to the best possible prediction (1); negative is worse than counting.
+
+    NaN where there is no gap to close.
+
+    >>> closed_gap(4.0, unigram_loss=6.0, floor_loss=3.5)
+    0.8
+    """
+    gap = unigram_loss - floor_loss
+    return (unigram_loss - loss) / gap if gap > 0 else math.nan
+
+
+def perplexity(loss: float) -> float:
+    """Number of equally likely codes that a loss in nats amounts to.
+
+    >>> round(perplexity(math.log(50)))
+    50
+    """
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def wilson_interval(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """Confidence interval of an accuracy (Wilson, 1927); 95% with the default `z`.
+
+    Unlike the normal interval it stays inside 0 to 1 and holds for few hits. (0, 1) where nothing was counted.
+
+    >>> [round(bound, 4) for bound in wilson_interval(5, 100)]
+    [0.0215, 0.1118]
+    """
+    assert 0 <= hits <= total
+    if total == 0:
+        return 0.0, 1.0
+    share = hits / total
+    scale = 1 + z * z / total
+    centre = (share + z * z / (2 * total)) / scale
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / scale
+    return max(0.0, centre - half), min(1.0, centre + half)
