@@ -1,0 +1,328 @@
+"""What does BEHRT compute from a patient's codes, ages and visits?
+
+A pre-LN transformer encoder over the sum of four embeddings (Li et al., 2019, "BEHRT: Transformer for Electronic
+Health Records"), and a head that predicts masked codes. Several patients may share one row: attention never crosses
+from one to the next. There is no `nn.MultiheadAttention` here on purpose: it reads the `weight` of its output
+projection without calling the layer, so that an adapter put there would never act.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from behrt.config import BEHRTConfig, UserError
+
+YEARS_PER_AGE_BIN = 5
+TABLE_STD = 0.02
+"""Standard deviation of the initial embedding tables and of the decoder, as in BERT (Devlin et al., 2019)."""
+
+
+def age_bins(ages: Tensor, num_bins: int) -> Tensor:
+    """Ages in years to bins: 0 is unknown (NaN), then five years each, the last one open.
+
+    >>> age_bins(torch.tensor([float("nan"), 0.0, 4.9, 5.0, 99.9, 100.0, 117.0]), 22).tolist()
+    [0, 1, 1, 2, 20, 21, 21]
+    """
+    bins = (torch.nan_to_num(ages) / YEARS_PER_AGE_BIN).floor().clamp(0, num_bins - 2).long() + 1
+    return torch.where(torch.isnan(ages), 0, bins)
+
+
+def positions_within(segments: Tensor) -> Tensor:
+    """The position of each token within its patient: it restarts at 0 where the segment changes; padding has 0.
+
+    >>> positions_within(torch.tensor([[0, 0, 0, 1, 1, -1, -1]])).tolist()
+    [[0, 1, 2, 0, 1, 0, 0]]
+    """
+    index = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)  # [rows, length]
+    starts = torch.zeros_like(index)
+    starts[:, 1:] = torch.where(segments[:, 1:] != segments[:, :-1], index[:, 1:], 0)
+    return torch.where(segments < 0, 0, index - starts.cummax(dim=1).values)
+
+
+def uniform_(tensor: Tensor, bound: float, generator: torch.Generator | None) -> None:
+    """Fills a tensor with draws from U(-bound, bound), bit for bit the same on every machine and device.
+
+    Integers are drawn on the CPU and scaled by one multiplication, which IEEE 754 rounds in one way only; a normal draw
+    goes through logarithms and cosines, whose last bits depend on the machine. So a frozen random encoder, which
+    no checkpoint stores, is rebuilt exactly from its seed wherever its adapters are loaded.
+    """
+    steps = 1 << 23  # all integers up to 2^23 are exact in float32
+    draws = torch.randint(-steps, steps, tensor.shape, generator=generator, dtype=torch.int32, device="cpu")
+    with torch.no_grad():
+        tensor.copy_(draws.to(torch.float32) * (bound / steps))
+
+
+def initialise(model: nn.Module, generator: torch.Generator | None = None) -> None:
+    """Draws every weight of `model` in the order of its modules, from `generator` (None: torch's own).
+
+    Tables have standard deviation 0.02: a LayerNorm follows them, so only their ratio to the learning rate matters.
+    Linear layers are uniform within 1/sqrt(fan-in), with zero biases: a frozen random encoder has to carry its input
+    onward, and 0.02 would shrink it, more so the narrower the layer. The decoder has 0.02 again: it reads a normalised
+    vector, so its first logits are close to 0 and the first loss is close to ln(vocab_size).
+    """
+    decoders = {module.decoder for module in model.modules() if isinstance(module, MaskedLMHead)}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) or module in decoders:
+            uniform_(module.weight, TABLE_STD * math.sqrt(3), generator)
+        elif isinstance(module, nn.Linear):
+            uniform_(module.weight, 1 / math.sqrt(module.in_features), generator)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+        if isinstance(module, (nn.Linear, nn.LayerNorm)) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class Dropout(nn.Module):
+    """Dropout (Srivastava et al., 2014) whose random numbers are cheap on the CPU.
+
+    There torch draws one number per element, one after the other, a sixth of a small model's step. Here every draw of 64
+    bits decides for four elements, 16 bits each; the share that is dropped is exact to 1/65,536.
+    """
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if not self.training or self.share == 0:
+            return hidden
+        if hidden.device.type != "cpu":
+            return F.dropout(hidden, self.share)
+        count = hidden.numel()
+        draws = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(1 << 63), None).view(torch.int16)
+        dropped = round(self.share * 65536)
+        kept = (draws[:count] >= dropped - 32768).view(hidden.shape)
+        return hidden * (kept.to(hidden.dtype) * (65536 / (65536 - dropped)))
+
+    def extra_repr(self) -> str:
+        return f"share={self.share}"
+
+
+class Embeddings(nn.Module):
+    """Code, age, visit and position tables, summed, normalised and projected to the width of the encoder."""
+
+    def __init__(self, config: BEHRTConfig) -> None:
+        super().__init__()
+        self.codes = nn.Embedding(config.vocab_size, config.embedding_dim)
+        self.ages = nn.Embedding(config.age_bins, config.embedding_dim)
+        self.visits = nn.Embedding(config.max_visits, config.embedding_dim)
+        self.positions = nn.Embedding(config.max_position, config.embedding_dim)
+        self.norm = nn.LayerNorm(config.embedding_dim)
+        self.dropout = Dropout(config.dropout)
+        self.projection = nn.Linear(config.embedding_dim, config.hidden_dim)
+
+    def forward(self, codes: Tensor, ages: Tensor, visits: Tensor, positions: Tensor) -> Tensor:
+        summed = (
+            self.codes(codes)
+            + self.ages(age_bins(ages, self.ages.num_embeddings))
+            + self.visits(visits.clamp(0, self.visits.num_embeddings - 1))
+            + self.positions(positions)
+        )  # [rows, length, embedding_dim]
+        projected: Tensor = self.projection(self.dropout(self.norm(summed)))
+        return projected  # [rows, length, hidden_dim]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (Vaswani et al., 2017) whose four projections are plain, separately called layers."""
+
+    def __init__(self, config: BEHRTConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.query = nn.Linear(config.hidden_dim, config.hidden_dim)
+        self.key = nn.Linear(config.hidden_dim, config.hidden_dim)
+        self.value = nn.Linear(config.hidden_dim, config.hidden_dim)
+        self.output = nn.Linear(config.hidden_dim, config.hidden_dim)
+
+    def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        query, key, value = (
+            projection(hidden).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [rows, heads, length, head_dim]
+            for projection in (self.query, self.key, self.value)
+        )
+        # No dropout on the attention weights: it would cost the fused kernels, and the residual branch has its own.
+        context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        attended: Tensor = self.output(context.transpose(1, 2).flatten(-2))
+        return attended  # [rows, length, hidden_dim]
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a GELU between them, applied to each token on its own."""
+
+    def __init__(self, config: BEHRTConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.hidden_dim, config.feedforward_dim)
+        self.down = nn.Linear(config.feedforward_dim, config.hidden_dim)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        result: Tensor = self.down(F.gelu(self.up(hidden)))
+        return result
+
+
+class EncoderLayer(nn.Module):
+    """Attention and feed-forward, each normalised before and added to what it read (pre-LN; Xiong et al., 2020)."""
+
+    def __init__(self, config: BEHRTConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_dim)
+        self.attention = Attention(config)
+        self.feedforward_norm = nn.LayerNorm(config.hidden_dim)
+        self.feedforward = FeedForward(config)
+        self.dropout = Dropout(config.dropout)
+
+    def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        hidden = hidden + self.dropout(self.attention(self.attention_norm(hidden), mask))
+        hidden = hidden + self.dropout(self.feedforward(self.feedforward_norm(hidden)))
+        return hidden
+
+
+class Encoder(nn.Module):
+    """The stack of layers, and the LayerNorm that a pre-LN stack needs at its end."""
+
+    def __init__(self, config: BEHRTConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.hidden_dim)
+
+    def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`hidden` [rows, length, hidden_dim]; `mask` bool, [rows, 1, length, length], True where a token may look."""
+        for layer in self.layers:
+            hidden = layer(hidden, mask)
+        normalised: Tensor = self.norm(hidden)
+        return normalised
+
+
+class BEHRT(nn.Module):
+    """The encoder: one vector of `hidden_dim` for each token of each patient's history.
+
+    Args:
+        config: the model's shape.
+        generator: where the initial weights are drawn from; None is torch's own generator. Nothing else is drawn.
+
+    >>> model = BEHRT(BEHRTConfig.small(vocab_size=100)).eval()
+    >>> codes = torch.tensor([[2, 17, 3, 42, 3]])
+    >>> ages, visits = torch.tensor([[61.2, 61.2, 61.2, 63.0, 63.0]]), torch.tensor([[0, 1, 1, 2, 2]])
+    >>> model(codes, ages, visits).shape
+    torch.Size([1, 5, 128])
+    """
+
+    def __init__(self, config: BEHRTConfig, *, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.config = config
+        with torch.random.fork_rng(devices=[]):  # torch's layers draw weights of their own, which are not used
+            self.embeddings = Embeddings(config)
+            self.encoder = Encoder(config)
+        initialise(self, generator)
+
+    def forward(
+        self,
+        codes: Tensor,
+        ages: Tensor,
+        visits: Tensor,
+        attention_mask: Tensor | None = None,
+        segments: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states, float, [batch, length, hidden_dim]; those of padding are finite and mean nothing.
+
+        All arguments are [batch, length].
+
+        Args:
+            codes: int, token ids below `vocab_size`.
+            ages: float, years; NaN is unknown.
+            visits: int, the visit's number; from `max_visits` on all count as the last.
+            attention_mask: 1 or True for a token, 0 or False for padding. Without it nothing is padding, save what
+                `segments` says.
+            segments: int, which patient of the row a token belongs to; -1 is padding. A patient's tokens lie side by
+                side. Without it each row is one patient.
+            positions: int, below `max_position`. Without it they count from 0 for each patient.
+
+        Raises:
+            UserError: a patient has more tokens than the model has positions (where `positions` are not given).
+        """
+        if attention_mask is not None:
+            tokens = attention_mask.bool()
+            segments = torch.where(tokens, 0 if segments is None else segments, -1)
+        if positions is None:
+            positions = self._positions(codes, segments)
+        # Padding attends to padding, so that every softmax has something to sum over and nothing becomes NaN.
+        mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
+        hidden: Tensor = self.encoder(self.embeddings(codes, ages, visits, positions), mask)
+        return hidden
+
+    def _positions(self, codes: Tensor, segments: Tensor | None) -> Tensor:
+        length = longest = codes.shape[1]
+        if segments is None:
+            positions = torch.arange(length, device=codes.device).expand_as(codes)
+        else:
+            positions = positions_within(segments)
+            if length > self.config.max_position:  # only then is it worth waiting for the device
+                longest = int(positions.max()) + 1
+        if longest > self.config.max_position:
+            raise UserError(
+                f"--max-position {self.config.max_position}: a sequence has {longest} tokens; "
+                "shorten it, or build the model with more positions"
+            )
+        return positions
+
+
+class MaskedLMHead(nn.Module):
+    """Linear, GELU, LayerNorm, Linear to the vocabulary, as BERT's; its decoder is not tied to the code table."""
+
+    def __init__(self, config: BEHRTConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_dim, config.hidden_dim)
+        self.norm = nn.LayerNorm(config.hidden_dim)
+        self.decoder = nn.Linear(config.hidden_dim, config.vocab_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.decoder(self.norm(F.gelu(self.dense(hidden))))
+        return logits
+
+
+class BEHRTForMaskedLM(nn.Module):
+    """The encoder with a head that predicts masked codes. Arguments as for `BEHRT`.
+
+    >>> model = BEHRTForMaskedLM(BEHRTConfig.small(vocab_size=100)).eval()
+    >>> codes, ages, visits = torch.tensor([[2, 4, 3]]), torch.tensor([[61.2, 61.2, 61.2]]), torch.tensor([[0, 1, 1]])
+    >>> model(codes, ages, visits).shape
+    torch.Size([1, 3, 100])
+    >>> model(codes, ages, visits, scored=codes == 4).shape
+    torch.Size([1, 100])
+    """
+
+    def __init__(self, config: BEHRTConfig, *, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.behrt = BEHRT(config, generator=generator)
+        with torch.random.fork_rng(devices=[]):
+            self.head = MaskedLMHead(config)
+        initialise(self.head, generator)
+
+    def forward(
+        self,
+        codes: Tensor,
+        ages: Tensor,
+        visits: Tensor,
+        attention_mask: Tensor | None = None,
+        segments: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        scored: Tensor | None = None,
+    ) -> Tensor:
+        """Logits over the vocabulary, [batch, length, vocab_size]; with `scored` only where it is True.
+
+        Args:
+            scored: bool, [batch, length]. The head, most of a small model's work, is computed at these tokens only and
+                the result is [number scored, vocab_size], in the order of `scored.nonzero()`.
+
+        The other arguments, and what is raised, are those of `BEHRT.forward`.
+        """
+        hidden = self.behrt(codes, ages, visits, attention_mask, segments, positions=positions)
+        if scored is not None:
+            hidden = hidden[scored]  # [scored, hidden_dim]
+        logits: Tensor = self.head(hidden)
+        return logits
