@@ -1,0 +1,306 @@
+"""How do patients' sequences become the tensors of a training step?
+
+Sequences are short and uneven, so whole ones are laid end to end in rows of fixed length (`PackedBatch`); `segments`
+says which patient a token belongs to, and attention never crosses it. Training windows, order and masks are functions
+of (seed, epoch, step), so that a run can go on from any step. Evaluation sets are drawn once and stay the same over
+epochs, runs and trials; baselines and floors are computed on the very same arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from behrt.masking import Stream, mask_tokens, stream
+from behrt.sequences import PreparedSplit
+from behrt.vocabulary import PAD
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORED = -100
+"""Label of a token that is not scored."""
+PADDING_SEGMENT = -1
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Rows of whole sequences, each tensor `[rows, row_length]`.
+
+    Attributes:
+        codes: int64 ids as the model sees them, after the corruption.
+        ages: float32 years; NaN where unknown.
+        visits: int64 visit numbers, 0 for `[CLS]`.
+        positions: int64, counted from 0 for each patient.
+        segments: int64 number of the patient inside the row, -1 on padding.
+        labels: int64 original ids where scored, -100 elsewhere.
+    """
+
+    codes: torch.Tensor
+    ages: torch.Tensor
+    visits: torch.Tensor
+    positions: torch.Tensor
+    segments: torch.Tensor
+    labels: torch.Tensor
+
+    @property
+    def scored(self) -> torch.Tensor:
+        """Bool `[rows, row_length]`: where a label stands."""
+        return self.labels != IGNORED
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens, padding not counted."""
+        return int((self.segments != PADDING_SEGMENT).sum())
+
+    @property
+    def num_scored(self) -> int:
+        return int(self.scored.sum())
+
+    def to(self, device: torch.device) -> Self:
+        return type(self)(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+
+@dataclass(frozen=True)
+class FlatSequences:
+    """Sequences of several patients end to end; patient `p` has the tokens `offsets[p]:offsets[p + 1]`.
+
+    Attributes:
+        codes: int32 original ids `[tokens]`.
+        ages: float32 years `[tokens]`.
+        visits: int32 `[tokens]`.
+        offsets: int64 `[patients + 1]`.
+    """
+
+    codes: npt.NDArray[np.int32]
+    ages: npt.NDArray[np.float32]
+    visits: npt.NDArray[np.int32]
+    offsets: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+def choose_window(
+    visits: npt.NDArray[np.int32], max_position: int, generator: np.random.Generator | None
+) -> tuple[int, int]:
+    """Which stretch `start:stop` of a too long sequence follows its `[CLS]`?
+
+    Whole visits, at most `max_position - 1` tokens. With a generator the first visit is random (training); without, the
+    stretch holds the latest visits (evaluation).
+    Only a visit that alone is too long is cut: anywhere in training, to its last tokens in evaluation.
+
+    >>> visits = np.array([0, 1, 1, 1, 2, 2, 3, 3, 3], dtype=np.int32)  # [CLS] and three visits
+    >>> choose_window(visits, 6, None)
+    (4, 9)
+    >>> choose_window(visits, 3, None)
+    (7, 9)
+    """
+    room, length = max_position - 1, len(visits)
+    starts = 1 + np.flatnonzero(np.diff(visits))
+    stops = np.append(starts[1:], length)
+    fitting = np.flatnonzero(length - starts <= room)
+    last_start = int(fitting[0]) if len(fitting) else len(starts) - 1
+    first = last_start if generator is None else int(generator.integers(last_start + 1))
+    start = int(starts[first])
+    within = stops[stops - start <= room]
+    if len(within) and within[-1] > start:
+        return start, int(within[-1])
+    stop = int(stops[first])  # one visit longer than the room
+    if generator is None:
+        return stop - room, stop
+    start += int(generator.integers(stop - start - room + 1))
+    return start, start + room
+
+
+def gather(
+    split: PreparedSplit,
+    patients: npt.NDArray[np.int64],
+    *,
+    max_position: int,
+    generator: np.random.Generator | None = None,
+) -> FlatSequences:
+    """Sequences of the named patients, none longer than `max_position`; see `choose_window` for the longer ones."""
+    codes, ages, visits, lengths = [], [], [], []
+    for patient in patients.tolist():
+        patient_codes, patient_ages, patient_visits = split.sequence(patient)
+        length = len(patient_codes)
+        if length <= max_position:
+            codes.append(patient_codes)
+            ages.append(patient_ages)
+            visits.append(patient_visits)
+        else:
+            start, stop = choose_window(patient_visits, max_position, generator)
+            codes += [patient_codes[:1], patient_codes[start:stop]]
+            ages += [patient_ages[start : start + 1], patient_ages[start:stop]]  # [CLS] has the age of what follows
+            visits += [patient_visits[:1], patient_visits[start:stop]]
+            length = 1 + stop - start
+        lengths.append(length)
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return FlatSequences(
+        codes=np.concatenate(codes), ages=np.concatenate(ages), visits=np.concatenate(visits), offsets=offsets
+    )
+
+
+def place_in_rows(lengths: npt.NDArray[np.int64], row_length: int) -> tuple[npt.NDArray[np.int64], ...]:
+    """Which row, start and number inside the row does each sequence get? First fit, the longest first.
+
+    Returns:
+        `rows, starts, numbers`, int64 `[sequences]`.
+
+    >>> place_in_rows(np.array([3, 5, 4]), 8)
+    (array([0, 0, 1]), array([5, 0, 0]), array([1, 0, 0]))
+    """
+    assert lengths.max(initial=0) <= row_length
+    rows, starts, numbers = (np.zeros(len(lengths), dtype=np.int64) for _ in range(3))
+    filled: list[int] = []
+    count: list[int] = []
+    for index in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[index])
+        row = next((row for row, used in enumerate(filled) if used + length <= row_length), len(filled))
+        if row == len(filled):
+            filled.append(0)
+            count.append(0)
+        rows[index], starts[index], numbers[index] = row, filled[row], count[row]
+        filled[row] += length
+        count[row] += 1
+    return rows, starts, numbers
+
+
+def pack(
+    sequences: FlatSequences,
+    shown: npt.NDArray[np.int32],
+    scored: npt.NDArray[np.bool_],
+    *,
+    row_length: int,
+) -> PackedBatch:
+    """Lays sequences into rows; `shown` and `scored` (`[tokens]`) come from `mask_tokens`."""
+    import torch
+
+    lengths = np.diff(sequences.offsets)
+    rows, starts, numbers = place_in_rows(lengths, row_length)
+    positions = np.arange(len(sequences.codes)) - np.repeat(sequences.offsets[:-1], lengths)
+    target = np.repeat(rows * row_length + starts, lengths) + positions  # place of each token in the flattened rows
+    shape = (int(rows.max()) + 1, row_length)
+
+    def lay(values: npt.NDArray[np.generic], padding: float, dtype: type[np.generic]) -> torch.Tensor:
+        flat = np.full(shape[0] * shape[1], padding, dtype=dtype)
+        flat[target] = values
+        return torch.from_numpy(flat.reshape(shape))
+
+    return PackedBatch(
+        codes=lay(shown, PAD, np.int64),
+        ages=lay(sequences.ages, np.nan, np.float32),
+        visits=lay(sequences.visits, 0, np.int64),
+        positions=lay(positions, 0, np.int64),
+        segments=lay(np.repeat(numbers, lengths), PADDING_SEGMENT, np.int64),
+        labels=lay(np.where(scored, sequences.codes, IGNORED), IGNORED, np.int64),
+    )
+
+
+class TrainingBatches:
+    """The steps of any epoch: shuffled patients, random windows, masks drawn anew.
+
+    Args:
+        split: the training patients.
+        patients: int64 indices of those that are used.
+        batch_size: patients per optimizer step; the last step of an epoch may have fewer.
+        accumulation_steps: micro-batches that a step is divided into.
+        max_position: longest sequence; `row_length` (at least as long) is the width of the rows.
+    """
+
+    def __init__(
+        self,
+        split: PreparedSplit,
+        patients: npt.NDArray[np.int64],
+        *,
+        batch_size: int,
+        accumulation_steps: int = 1,
+        max_position: int,
+        row_length: int,
+        vocab_size: int,
+        seed: int,
+    ) -> None:
+        assert row_length >= max_position
+        self._split = split
+        self._patients = patients
+        self._batch_size = batch_size
+        self._accumulation_steps = accumulation_steps
+        self._max_position = max_position
+        self._row_length = row_length
+        self._vocab_size = vocab_size
+        self._seed = seed
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self._patients) // self._batch_size)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[PackedBatch]]:
+        """The micro-batches of each step of an epoch, from `first_step` on."""
+        order = stream(self._seed, Stream.ORDER, epoch).permutation(self._patients)
+        for step in range(first_step, self.steps_per_epoch):
+            patients = order[step * self._batch_size : (step + 1) * self._batch_size]
+            windows = stream(self._seed, Stream.WINDOWS, epoch, step)
+            masks = stream(self._seed, Stream.TRAINING_MASKS, epoch, step)
+            parts = np.array_split(patients, min(self._accumulation_steps, len(patients)))
+            yield [self._micro_batch(part, windows, masks) for part in parts]
+
+    def _micro_batch(
+        self, patients: npt.NDArray[np.int64], windows: np.random.Generator, masks: np.random.Generator
+    ) -> PackedBatch:
+        sequences = gather(self._split, patients, max_position=self._max_position, generator=windows)
+        shown, scored = mask_tokens(sequences.codes, vocab_size=self._vocab_size, generator=masks)
+        return pack(sequences, shown, scored, row_length=self._row_length)
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Patients with masks that never change: the latest visits of each, corrupted once.
+
+    Attributes:
+        sequences: what the model could see at most.
+        shown: int32 `[tokens]`, what it does see.
+        scored: bool `[tokens]`.
+    """
+
+    sequences: FlatSequences
+    shown: npt.NDArray[np.int32]
+    scored: npt.NDArray[np.bool_]
+
+    @classmethod
+    def draw(
+        cls,
+        split: PreparedSplit,
+        patients: npt.NDArray[np.int64],
+        *,
+        max_position: int,
+        vocab_size: int,
+        generator: np.random.Generator,
+    ) -> Self:
+        sequences = gather(split, patients, max_position=max_position)
+        shown, scored = mask_tokens(sequences.codes, vocab_size=vocab_size, generator=generator)
+        return cls(sequences=sequences, shown=shown, scored=scored)
+
+    @property
+    def labels(self) -> npt.NDArray[np.int32]:
+        """Original ids of the scored tokens, int32 `[scored]`."""
+        return self.sequences.codes[self.scored]
+
+    def batches(self, *, patients_per_batch: int, row_length: int) -> Iterator[PackedBatch]:
+        """The set in packed rows, in the patients' order."""
+        sequences = self.sequences
+        for first in range(0, len(sequences), patients_per_batch):
+            offsets = sequences.offsets[first : first + patients_per_batch + 1]
+            tokens = slice(int(offsets[0]), int(offsets[-1]))
+            part = FlatSequences(
+                codes=sequences.codes[tokens],
+                ages=sequences.ages[tokens],
+                visits=sequences.visits[tokens],
+                offsets=offsets - offsets[0],
+            )
+            yield pack(part, self.shown[tokens], self.scored[tokens], row_length=row_length)

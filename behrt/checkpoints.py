@@ -1,0 +1,196 @@
+"""How are the weights of a run saved, and how do they come back?
+
+A checkpoint is a folder of safetensors and JSON, never pickle. It holds what was trained and nothing that was frozen: a
+fully trained model whole (`model.safetensors`), a LoRA model as its adapter in PEFT's layout together with every other
+trained tensor. The frozen base is named by how it was made (seed, and the run it started from), made again on loading,
+and refused where its fingerprint is no longer the one that the adapter was trained on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from behrt.config import BEHRTConfig, UserError
+from behrt.files import replacing_folder, write_json
+from behrt.lora import adapted_layers, load_adapter, merge_adapters, save_adapter
+from behrt.model import BEHRTForMaskedLM
+from behrt.vocabulary import FIRST_CODE, Vocabulary
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """Where the weights of a run started.
+
+    Attributes:
+        seed: of the random initialisation.
+        init_from: the pre-trained run, as it was named; None for a random start.
+        init_from_run: its MLflow run id, where it has one; found even when its folder has moved.
+    """
+
+    seed: int
+    init_from: str | None = None
+    init_from_run: str | None = None
+
+
+@dataclass(frozen=True)
+class Transplant:
+    """What a pre-trained model gave to a new one.
+
+    Attributes:
+        shared_codes: ordinary codes that both vocabularies have; their rows were copied.
+        new_codes: ordinary codes that only the new vocabulary has; their rows stay random.
+        new_positions: positions beyond those of the pre-trained model; their rows stay random.
+    """
+
+    shared_codes: int
+    new_codes: int
+    new_positions: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint: the model as it was trained (adapters not merged), in evaluation mode on the CPU."""
+
+    model: BEHRTForMaskedLM
+    vocabulary: Vocabulary
+    epoch: int
+    base: Base
+
+
+def save_checkpoint(folder: Path, model: BEHRTForMaskedLM, *, vocabulary: Vocabulary, epoch: int, base: Base) -> None:
+    """Writes `folder`, whole or not at all; a former checkpoint there is replaced."""
+    with replacing_folder(folder) as beside:
+        is_lora = bool(adapted_layers(model))
+        if is_lora:
+            save_adapter(model, beside)
+        else:
+            state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+            save_file(state, beside / "model.safetensors", metadata={"format": "pt"})
+        vocabulary.save(beside / "vocabulary.json")
+        write_json(
+            beside / "checkpoint.json",
+            {
+                "format_version": FORMAT_VERSION,
+                "epoch": epoch,
+                "lora": is_lora,
+                "model": model.config.model_dump(),
+                "base": asdict(base),
+            },
+        )
+
+
+def load_checkpoint(folder: Path, *, load_base: Callable[[Base], Checkpoint] | None = None) -> Checkpoint:
+    """The checkpoint in `folder`.
+
+    Args:
+        load_base: gives the pre-trained run that a LoRA checkpoint was trained on (`runs.load_run`).
+
+    Raises:
+        UserError: no checkpoint, a damaged one, or a base that is no longer what it was.
+    """
+    about = _read_about(folder)
+    try:
+        config = BEHRTConfig(**about["model"])
+        base = Base(**about["base"])
+        epoch, is_lora = int(about["epoch"]), bool(about["lora"])
+    except (KeyError, TypeError, UserError):
+        raise UserError(f"{folder / 'checkpoint.json'}: is damaged; choose another checkpoint") from None
+    vocabulary = Vocabulary.load(folder / "vocabulary.json")
+    if is_lora:
+        model, _ = make_base(config, vocabulary, base, load_base=load_base)
+        load_adapter(model, folder)  # refuses a base that is no longer what it was
+    else:
+        model = BEHRTForMaskedLM(config)
+        _load_state(model, folder / "model.safetensors")
+    return Checkpoint(model=model.eval(), vocabulary=vocabulary, epoch=epoch, base=base)
+
+
+def make_base(
+    config: BEHRTConfig,
+    vocabulary: Vocabulary,
+    base: Base,
+    *,
+    load_base: Callable[[Base], Checkpoint] | None = None,
+) -> tuple[BEHRTForMaskedLM, Transplant | None]:
+    """The model that a run starts from: random by seed, with the weights of `base.init_from` laid over it."""
+    model = BEHRTForMaskedLM(config, generator=torch.Generator().manual_seed(base.seed))
+    if base.init_from is None:
+        return model, None
+    assert load_base is not None, "a pre-trained base needs a way to load it"
+    return model, transplant(load_base(base), model, vocabulary, name=base.init_from)
+
+
+def transplant(donor: Checkpoint, model: BEHRTForMaskedLM, vocabulary: Vocabulary, *, name: str) -> Transplant:
+    """Copies a pre-trained model's weights into `model`; vocabularies are matched by code, positions by number.
+
+    Raises:
+        UserError: the shapes of the encoders differ, or the vocabularies share no code.
+    """
+    differing = [
+        f"{field} {getattr(donor.model.config, field)} there, {getattr(model.config, field)} here"
+        for field in BEHRTConfig.model_fields
+        if field not in ("vocab_size", "max_position", "dropout")
+        and getattr(donor.model.config, field) != getattr(model.config, field)
+    ]
+    if differing:
+        raise UserError(
+            f"--init-from: {name}: another shape of model ({'; '.join(differing)}); choose the same --model-size"
+        )
+    ids_there = {code: index for index, code in enumerate(donor.vocabulary.tokens)}
+    pairs = [(here, ids_there[code]) for here, code in enumerate(vocabulary.tokens) if code in ids_there]
+    shared = sum(here >= FIRST_CODE for here, _ in pairs)
+    new = len(vocabulary.tokens) - FIRST_CODE - shared
+    if not shared:
+        raise UserError(
+            f"--init-from: {name}: its vocabulary does not fit: none of the {new} codes of these records is among its "
+            f"{len(ids_there) - FIRST_CODE}; prepare the records with the options of that run"
+        )
+    rows_here, rows_there = (torch.tensor(rows) for rows in zip(*pairs, strict=True))
+    source = merge_adapters(donor.model).state_dict()
+    target = model.state_dict()
+    positions = min(donor.model.config.max_position, model.config.max_position)
+    with torch.no_grad():
+        for key, value in target.items():
+            if value.shape[:1] == (model.config.vocab_size,) and key.split(".")[-2] in ("codes", "decoder"):
+                value[rows_here] = source[key][rows_there]
+            elif key.endswith("positions.weight"):
+                value[:positions] = source[key][:positions]
+            else:
+                value.copy_(source[key])
+    return Transplant(shared_codes=shared, new_codes=new, new_positions=model.config.max_position - positions)
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    path = folder / "checkpoint.json"
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: holds no checkpoint (checkpoint.json is missing)") from None
+    except (OSError, ValueError):
+        raise UserError(f"{path}: is damaged; choose another checkpoint") from None
+    version = about.get("format_version") if isinstance(about, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path}: format version {version}, this behrt reads {FORMAT_VERSION}")
+    return dict(about)
+
+
+def _load_state(model: nn.Module, path: Path) -> None:
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError):
+        raise UserError(f"{path}: is missing or damaged; choose another checkpoint") from None
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if {name: tuple(value.shape) for name, value in state.items()} != expected:
+        raise UserError(f"{path}: its tensors do not fit the model that checkpoint.json describes")
+    model.load_state_dict(state)

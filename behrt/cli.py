@@ -1,0 +1,367 @@
+"""How does a person run behrt? Commands are parsed, a recipe is called, and what a person reads is printed.
+
+Nothing heavy is imported before a command needs it. What people read goes to stderr; stdout carries only the one JSON
+object of `--json`. Exit codes: 0 done, 2 the user's mistake (one line), 4 the run was lost, 130 and 143 stopped by a
+signal.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from behrt import __version__
+from behrt.config import (
+    EXPERIMENT_NAME,
+    PRESETS,
+    SECTION_OF,
+    SIZES,
+    AdaptationSettings,
+    DataSettings,
+    ModelSettings,
+    Section,
+    TrainingSettings,
+    UserError,
+    load_experiment,
+)
+from behrt.prepare_options import PrepareOptions
+
+if TYPE_CHECKING:
+    from behrt.config import ExperimentSettings
+
+EXIT_MISTAKE = 2
+EXIT_LOST = 4
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+SETTINGS_CLASSES: dict[str, type[Section]] = {
+    "model": ModelSettings,
+    "adaptation": AdaptationSettings,
+    "data": DataSettings,
+    "training": TrainingSettings,
+}
+
+
+def setting(name: str, help: str, *, type: Any = str, negatable: bool = False) -> Callable[[Command], Command]:
+    """The option of one setting: None where it was not given, so that files and defaults show through."""
+    default = SETTINGS_CLASSES[SECTION_OF[name]].model_fields[name].default
+    if isinstance(default, tuple):
+        default = ",".join(default)
+    if default is not None and not (default is False or isinstance(default, bool)):
+        help = f"{help}  [default: {default}]"
+    elif default is True:
+        help = f"{help}  [default: yes]"
+    flag = "--" + name.replace("_", "-")
+    declaration = f"{flag}/{flag.replace('--', '--no-', 1)}" if negatable else flag
+    return click.option(declaration, name, default=None, type=None if negatable else type, help=help)
+
+
+def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator, in the order in which the help lists them."""
+
+    def decorate(command: Command) -> Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+model_options = options(
+    setting("model_size", "Size of the model.", type=click.Choice(list(SIZES))),
+    setting("vocab_size", "Tokens in the vocabulary, at least the data's own.", type=int),
+    setting("max_position", "Longest sequence in tokens, or `auto`: what 99% of the patients need.", type=str),
+    setting("dropout", "Dropout in embeddings, attention and layers.", type=float),
+)
+adaptation_options = options(
+    setting("use_lora", "Train LoRA adapters instead of the encoder's own weights.", negatable=True),
+    setting("lora_rank", "Rank of the adapters.", type=int),
+    setting("lora_alpha", "Adapters are scaled by alpha / rank.  [default: twice the rank]", type=float),
+    setting("lora_dropout", "Dropout on the adapters' inputs.", type=float),
+    setting("lora_targets", "Wrapped layers, comma-separated; also `feedforward`."),
+    setting("freeze_base", "With LoRA, freeze the encoder's own weights.", negatable=True),
+    setting("train_embeddings", "Train the embeddings.", negatable=True),
+    setting("train_head", "Train the head.", negatable=True),
+    setting("init_from", "Start from a pre-trained run: its folder or its MLflow run id."),
+)
+data_options = options(
+    setting("data", "Prepared records (`behrt prepare`); without it, a cohort is simulated."),
+    setting("max_patients", "Use only this many training patients.", type=int),
+    setting("num_patients", "Patients of the simulated cohort.", type=int),
+    setting("structure", "Structure of the simulated cohort.", type=click.Choice(["hmm", "none"])),
+    setting("simulation_seed", "Seed of the simulated cohort.", type=int),
+)
+training_options = options(
+    setting("epochs", "Most epochs to train.", type=int),
+    setting("batch_size", "Patients per optimizer step.", type=int),
+    setting("accumulation_steps", "Micro-batches that a step is computed in, to save memory.", type=int),
+    setting("lr", "Highest learning rate.", type=float),
+    setting("weight_decay", "Decoupled weight decay, on matrices only.", type=float),
+    setting("warmup_fraction", "Share of all steps in which the learning rate rises.", type=float),
+    setting("schedule", "How the learning rate falls.", type=click.Choice(["cosine", "linear", "constant"])),
+    setting("gradient_clip", "Largest norm of the gradient.", type=float),
+    setting("early_stopping_patience", "Epochs without a better val_loss before stopping; 0 is never.", type=int),
+    setting("early_stopping_min_delta", "How much lower counts as better.", type=float),
+    setting("seed", "Seed of weights, order, masks and dropout.", type=int),
+    setting("device", "Where to compute.", type=click.Choice(["auto", "cpu", "cuda", "mps"])),
+    setting(
+        "precision", "Of matrix products; `auto` follows the hardware.", type=click.Choice(["auto", "fp32", "bf16"])
+    ),
+)
+preset_option = click.option(
+    "--preset", default=None, help=f"Start from the guide's recommendation: {', '.join(PRESETS)}."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+
+
+@click.group(
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 110,
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+    }
+)
+@click.version_option(__version__, prog_name="behrt")
+@click.option("--debug", is_flag=True, help="Show tracebacks and debug messages.")
+def cli(debug: bool) -> None:
+    """Pre-train BEHRT on medical records with LoRA, every run tracked in MLflow.
+
+    \b
+    A first run:     behrt train --epochs 5
+    Your records:    behrt prepare SOURCE --format meds --out data/mine
+                     behrt train --data data/mine
+    All runs:        behrt ui
+    """
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+
+
+@cli.command()
+@click.option("--patients", type=click.IntRange(min=20), default=5000, show_default=True, help="How many patients.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option(
+    "--structure",
+    type=click.Choice(["hmm", "none"]),
+    default="hmm",
+    show_default=True,
+    help="`hmm`: hidden profiles and stages; `none`: uniform codes, nothing to learn.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which patients are drawn.")
+@click.option("--overwrite", is_flag=True, help="Replace a simulated cohort in OUT.")
+def simulate(patients: int, out: Path, structure: Any, seed: int, overwrite: bool) -> None:
+    """Simulate a cohort whose best possible loss is known, as a MEDS data set."""
+    from behrt import cohort
+
+    cohort.simulate(out, patients=patients, structure=structure, seed=seed, overwrite=overwrite)
+    click.echo(f"{patients:,} patients in {out}; next: behrt prepare {out} --format meds --out DIR", err=True)
+
+
+def prepare_option(name: str, help: str, **settings: Any) -> Callable[[Command], Command]:
+    """The option of one field of `PrepareOptions`; what is not given keeps the field's default."""
+    default = PrepareOptions.model_fields[name].default
+    shown = f"{help}  [default: {default}]" if default is not None else help
+    return click.option("--" + name.replace("_", "-"), name, default=None, help=shown, **settings)
+
+
+@cli.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the prepared records.")
+@prepare_option(
+    "format", "Layout of SOURCE: MEDS parquet, or the raw MIMIC-IV tables.", type=click.Choice(["meds", "mimic4"])
+)
+@prepare_option("min_patients", "Codes of fewer training patients become [UNK].", type=int)
+@prepare_option("min_tokens", "Leave out patients with fewer codes.", type=int)
+@prepare_option("split", "train/tuning/held_out in percent, where the source has no splits.")
+@prepare_option("split_seed", "Seed of that split.", type=int)
+@prepare_option("birth_code", "Code of a birth, or what it begins with before `//`.")
+@prepare_option("death_code", "Code of a death, likewise.")
+@prepare_option("admission_code", "Code of an admission; events up to the discharge are one visit.")
+@prepare_option("discharge_code", "Code of a discharge; goes with --admission-code.")
+@prepare_option("visit_gap_hours", "Without a visit id, a longer pause begins a new visit.", type=float)
+@click.option("--column", multiple=True, metavar="NAME=MEDS", help="Rename a column, e.g. value=numeric_value.")
+@click.option("--include", multiple=True, metavar="REGEX", help="Keep only codes that match; repeatable.")
+@click.option("--exclude", multiple=True, metavar="REGEX", help="Leave out codes that match; repeatable.")
+@prepare_option("icd_digits", "Shorten ICD codes to this many characters.", type=int)
+@prepare_option("numeric_bins", "Append quantile bins of values, fitted on train: LAB//50912//Q7.", type=int)
+@click.option("--labs", is_flag=True, help="mimic4: read labevents too.")
+@prepare_option(
+    "missing_birth", "What becomes of subjects without a birth.", type=click.Choice(["refuse", "drop", "keep"])
+)
+@prepare_option(
+    "static_codes",
+    "What becomes of events without a time; kept ones open the first visit.",
+    type=click.Choice(["drop", "keep"]),
+)
+@click.option("--overwrite", is_flag=True, help="Replace prepared records that are already in OUT.")
+@json_option
+def prepare(source: Path, out: Path, overwrite: bool, as_json: bool, **flags: Any) -> None:
+    """Turn records into sequences that training maps into memory; nothing is dropped without being counted."""
+    options = PrepareOptions(**{name: value for name, value in flags.items() if value not in (None, ())})
+
+    from behrt import prepare as preparation
+    from behrt.console import ProgressBar, prepared_tables, stderr_console
+
+    console = stderr_console()
+    bar = ProgressBar(console)
+    try:
+        info = preparation.prepare(source, out, options, overwrite=overwrite, progress=bar.show)
+    finally:
+        bar.clear()
+    for table in prepared_tables(info):
+        console.print(table)
+    console.print(f"Prepared in {out}; next: behrt train --data {out}", markup=False)
+    if as_json:
+        click.echo(json.dumps(info))
+
+
+@cli.command()
+@click.argument("experiment_file", required=False, metavar="[EXPERIMENT.yaml]", type=click.Path(path_type=Path))
+@preset_option
+@model_options
+@adaptation_options
+@data_options
+@training_options
+@click.option("--experiment", default=None, help="Name of the folder under experiments/ and in MLflow.")
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="Another folder than experiments/NAME.")
+@json_option
+def train(
+    experiment_file: Path | None,
+    preset: str | None,
+    experiment: str | None,
+    out: Path | None,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Pre-train one model. Flags go over the file, the file over the preset, the preset over the defaults."""
+    settings = load_experiment(experiment_file, preset=preset, flags=given(flags))
+    name, folder = place_of_run(settings, experiment_file, experiment, out)
+
+    from behrt.console import TerminalListener, result_lines, stderr_console
+    from behrt.pretrain import Terminated, pretrain
+
+    def terminate(signal_number: int, frame: object) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    console = stderr_console()
+    listener = TerminalListener(console)
+    try:
+        result = pretrain(settings, experiment=name, folder=folder, listener=listener)
+    finally:
+        listener.stop()
+    console.print("\n".join(result_lines(result)), markup=False)
+    if as_json:
+        click.echo(json.dumps(result.as_dict()))
+    if result.status == "FAILED":
+        raise LostRun(
+            f"the loss is no longer finite after epoch {result.last.epoch if result.last else 0}: the learning rate is "
+            f"too high; try --lr {settings.training.lr / 10:g}"
+        )
+
+
+@cli.command()
+@click.argument("experiment_file", required=False, metavar="[EXPERIMENT.yaml]", type=click.Path(path_type=Path))
+@preset_option
+@model_options
+@adaptation_options
+@setting("data", "Prepared records, for the size of their vocabulary.")
+@json_option
+def params(experiment_file: Path | None, preset: str | None, as_json: bool, **flags: Any) -> None:
+    """Count the parameters of a configuration, without training. The vocabulary defaults to 1000 tokens."""
+    settings = load_experiment(experiment_file, preset=preset, flags=given(flags))
+
+    from behrt.pretrain import count_configured
+
+    counts = count_configured(settings)
+    if as_json:
+        click.echo(json.dumps(counts))
+        return
+    from behrt.console import parameter_summary, parameter_table, stderr_console
+
+    console = stderr_console()
+    console.print(parameter_table(counts))
+    console.print(parameter_summary(counts))
+
+
+@cli.command()
+@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="Port on this machine.")
+def ui(port: int) -> None:
+    """Open the MLflow store in the browser: runs side by side, with their curves."""
+    from behrt.tracking import serve_ui, ui_address
+
+    click.echo(f"Open {ui_address(port)}   (Ctrl-C ends the server)", err=True)
+    sys.exit(serve_ui(port))
+
+
+class LostRun(Exception):
+    """A run that ended, but whose model is of no use."""
+
+
+def given(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that stand on the command line."""
+    kept = {name: value for name, value in flags.items() if value is not None}
+    if kept.get("max_position", "auto") != "auto":
+        try:
+            kept["max_position"] = int(kept["max_position"])
+        except ValueError:
+            raise UserError(f"--max-position: expected a number or auto, found {kept['max_position']!r}") from None
+    return kept
+
+
+def place_of_run(
+    settings: ExperimentSettings, experiment_file: Path | None, experiment: str | None, out: Path | None
+) -> tuple[str, Path]:
+    """Name and folder of a run: as given, else those of the experiment file, else by the model's size."""
+    if experiment is None:
+        if out is not None:
+            experiment = out.resolve().name
+        elif experiment_file is not None:
+            is_standard = experiment_file.name == "experiment.yaml"
+            experiment = experiment_file.resolve().parent.name if is_standard else experiment_file.stem
+            out = experiment_file.parent if is_standard else None
+        else:
+            experiment = f"behrt_{settings.model.model_size}_mlm"
+    if not EXPERIMENT_NAME.fullmatch(experiment):
+        raise UserError(f"--experiment: {experiment!r} is no folder name; use letters, digits, '.', '_' and '-'")
+    return experiment, out or Path("experiments") / experiment
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit code. The user's mistakes become one line."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    try:
+        code = cli.main(arguments, prog_name="behrt", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "behrt"
+        return fail(f"{command}: {error.format_message()} (see {command} --help)", EXIT_MISTAKE)
+    except (click.ClickException, UserError, OSError) as error:
+        if debug:
+            raise
+        return fail(f"behrt: {one_line(error)}", EXIT_MISTAKE)
+    except LostRun as error:
+        return fail(f"behrt: {error}", EXIT_LOST)
+    except (KeyboardInterrupt, click.Abort) as error:
+        terminated = type(error).__name__ == "Terminated"
+        return fail("behrt: stopped", EXIT_TERMINATED if terminated else EXIT_INTERRUPTED)
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error in one line; of an operating system's error, its file and reason."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split())
+
+
+def fail(message: str, code: int) -> int:
+    click.echo(" ".join(message.split()), err=True)
+    return code

@@ -1,0 +1,222 @@
+"""What does a person see in the terminal while a command works, and when it is done?
+
+Everything here goes to stderr. Progress bars are drawn only where stderr is a terminal; lines are written either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from behrt.history import EpochRecord
+from behrt.parameters import ParameterCounts
+from behrt.prepare import report_rows
+from behrt.pretrain import Listener, RunResult, RunStart
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+
+def stderr_console() -> Console:
+    """A console that neither colours numbers nor wraps lines in a log file."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        console = Console(stderr=True, highlight=False, width=160)
+    return console
+
+
+class ProgressBar:
+    """One bar with one description at a time; silent where there is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task: TaskID | None = None
+        self._description = ""
+
+    def show(self, description: str, done: int, total: int) -> None:
+        """Draws the bar at `done` of `total`; another description begins a new bar."""
+        if self._task is None or description != self._description:
+            self.clear()
+            self._description = description
+            self._task = self._progress.add_task(description, total=total)
+            self._progress.start()
+        self._progress.update(self._task, completed=done, total=total)
+
+    def clear(self) -> None:
+        """Takes the bar off the screen."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+            self._progress.stop()
+            self._task = None
+
+
+def best_mark(encoding: str | None) -> str:
+    """The guide's cup for the best epoch so far, or a word where the terminal cannot show it.
+
+    >>> best_mark("ascii")
+    '(best)'
+    """
+    try:
+        "🏆".encode(encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return "(best)"
+    return "🏆"
+
+
+def epoch_line(record: EpochRecord, *, epochs: int, patience: int, mark: str) -> str:
+    """One line per epoch, in the troubleshooting guide's form."""
+    number = f"{record.epoch}/{epochs}"
+    parts = [
+        f"Epoch {number:<{2 * len(str(epochs)) + 1}}",
+        f"Train Loss: {record.train_loss:.4f} Acc: {record.train_accuracy:.4f}",
+        f"Val Loss: {record.val_loss:.4f} Acc: {record.val_accuracy:.4f}",
+    ]
+    if patience:
+        parts.append(f"Patience: {record.epochs_without_improvement}/{patience}")
+    return " | ".join(parts) + (f" {mark}" if record.is_best else "")
+
+
+class TerminalListener(Listener):
+    """Prints a training run as it goes on."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = ProgressBar(console)
+        self._mark = best_mark(console.encoding)
+        self._start: RunStart | None = None
+        self._epoch = 1
+
+    def note(self, message: str) -> None:
+        self._console.print(message, markup=False)
+
+    def preparing(self, stage: str, done: int, total: int) -> None:
+        if done >= total:
+            self._bar.clear()
+        else:
+            self._bar.show(stage, done, total)
+
+    def started(self, start: RunStart) -> None:
+        self._start = start
+        settings, patients = start.settings, start.patients
+        lines = [
+            f"Experiment {start.experiment}, run {start.run_id}",
+            f"  records    {patients['train']:,} training and {patients['tuning']:,} validation patients, "
+            f"vocabulary {start.vocab_size:,}, up to {start.max_position} positions"
+            + (f" ({start.truncated_share:.1%} of the tokens beyond)" if start.truncated_share >= 0.001 else ""),
+            f"  model      {settings.model.model_size}, {parameter_summary(start.counts)}",
+            f"  training   {settings.training.epochs} epochs of {start.steps_per_epoch:,} steps, "
+            f"lr {settings.training.lr:g}, on {start.device} in {start.precision}",
+            f"  baselines  {baseline_summary(start)}",
+        ]
+        if start.transplant is not None:
+            given = start.transplant
+            lines.append(
+                f"  start      {given.shared_codes:,} codes from {settings.adaptation.init_from}, "
+                f"{given.new_codes:,} new codes and {given.new_positions:,} new positions at random"
+            )
+        self.note("\n".join(lines))
+
+    def step(self, step: int, steps: int) -> None:
+        self._bar.show(f"Epoch {self._epoch}", step, steps)
+
+    def epoch(self, record: EpochRecord) -> None:
+        assert self._start is not None
+        training = self._start.settings.training
+        self._bar.clear()
+        self._epoch = record.epoch + 1
+        self.note(
+            epoch_line(record, epochs=training.epochs, patience=training.early_stopping_patience, mark=self._mark)
+        )
+
+    def stop(self) -> None:
+        """Leaves no bar on the screen."""
+        self._bar.clear()
+
+
+def parameter_summary(counts: ParameterCounts) -> str:
+    """Counts as in the guide: total, trainable with its share, LoRA with its share."""
+    summary = f"{counts['total']:,} parameters, {counts['trainable']:,} trainable ({counts['trainable_percent']:.1f}%)"
+    if counts["lora"]:
+        summary += f", LoRA {counts['lora']:,} ({counts['lora_percent']:.1f}%)"
+    return summary
+
+
+def baseline_summary(start: RunStart) -> str:
+    """The lines that the losses are read against."""
+    baselines = start.baselines
+    summary = f"chance {baselines.chance_loss:.4f}, unigram {baselines.unigram_loss:.4f}"
+    if baselines.floor_loss is not None:
+        summary += f", floor {baselines.floor_loss:.4f} (accuracy {baselines.floor_accuracy:.4f})"
+    return summary
+
+
+def result_lines(result: RunResult) -> list[str]:
+    """What came of a run, beside what was possible, and where to look at it."""
+    start = result.start
+    if result.best is None:
+        lines = ["No epoch gave a finite validation loss."]
+    else:
+        stopped = f", stopped early after {result.last.epoch}" if result.last and result.stopped_early else ""
+        lines = [
+            f"Best epoch {result.best.epoch}{stopped}: val_loss {result.best.val_loss:.4f}, "
+            f"accuracy {result.best.val_accuracy:.4f}, in {result.seconds:.0f} s",
+            f"  {baseline_summary(start)}",
+        ]
+        if result.closed_gap is not None:
+            lines.append(f"  {result.closed_gap:.1%} of the gap between unigram and floor is closed")
+    lines += [
+        f"  {parameter_summary(start.counts)}",
+        f"  history, figures and checkpoints: {start.folder}",
+        f"  MLflow run {start.run_id} in {result.tracking_uri}; to open it: behrt ui",
+    ]
+    return lines
+
+
+def prepared_tables(info: Mapping[str, Any]) -> list[Table]:
+    """What became of the events and subjects, and what each split holds."""
+    fates = Table("what became of the records", "count")
+    fates.columns[1].justify = "right"
+    for name, count in report_rows(info["report"]):
+        fates.add_row(name, f"{count:,}")
+    splits = Table("split", "patients", "visits", "tokens", "mean", "median", "99%", "longest", r"\[UNK]")
+    for column in splits.columns[1:]:
+        column.justify = "right"
+    for name, counts in info["splits"].items():
+        length = counts["sequence_length"]
+        lengths = ["", "", "", ""]
+        if length is not None:
+            lengths = [f"{length['mean']:.1f}", *(f"{length[key]:,}" for key in ("p50", "p99", "max"))]
+        numbers = [f"{counts[key]:,}" for key in ("patients", "visits", "tokens")]
+        splits.add_row(name, *numbers, *lengths, f"{counts['unk_share']:.1%}")
+    splits.caption = f"sequence lengths in tokens; vocabulary {info['vocab_size']:,}"
+    return [fates, splits]
+
+
+def parameter_table(counts: ParameterCounts) -> Table:
+    """The accounting, group by group."""
+    table = Table("group", "total", "trainable", "frozen")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for group, total, trainable in (
+        ("embeddings", counts["embeddings"], counts["embeddings_trainable"]),
+        ("encoder", counts["encoder"], counts["encoder_trainable"]),
+        ("head", counts["head"], counts["head_trainable"]),
+        ("lora", counts["lora"], counts["lora_trainable"]),
+    ):
+        table.add_row(group, f"{total:,}", f"{trainable:,}", f"{total - trainable:,}")
+    table.add_section()
+    table.add_row("total", f"{counts['total']:,}", f"{counts['trainable']:,}", f"{counts['frozen']:,}")
+    return table

@@ -1,0 +1,160 @@
+"""Which records does a run see, and what could be reached on them at best?
+
+Prepared records or a simulated cohort; the training patients; how long a sequence may be; the fixed evaluation sets;
+and the lines that losses are read against, on exactly the masks that validation uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from behrt.batches import EvaluationSet, gather
+from behrt.cohort import load_cohort, simulate
+from behrt.config import MAX_AUTO_POSITION, DataSettings, ExperimentSettings, UserError
+from behrt.files import locked
+from behrt.floor import exact_floor
+from behrt.history import Baselines
+from behrt.masking import Stream, stream
+from behrt.metrics import chance_loss, unigram, unigram_loss_and_accuracy
+from behrt.prepare import prepare
+from behrt.prepare_options import PrepareOptions
+from behrt.sequences import PreparedData, PreparedSplit, open_prepared
+
+FIXED_SEED = 0
+"""Seed of everything that must be the same in runs of any seed: validation masks, the evaluated training patients."""
+
+SHORTEST_ROW = 128
+"""Rows of short sequences are made this long, so that several patients share one."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with the stage, how much is done, and of how much."""
+
+
+def open_records(settings: DataSettings, *, progress: Progress | None = None) -> PreparedData:
+    """The prepared records that the settings name, or the simulated cohort, made on first use and kept in `data/`."""
+    if settings.data is not None:
+        return open_prepared(Path(settings.data))
+    name = f"simulated-{settings.structure}-{settings.num_patients}-seed{settings.simulation_seed}"
+    folder = Path("data") / name
+    with locked(Path("data") / f".{name}.lock"):
+        if not (folder / "prepared").exists():
+            if progress is not None:
+                progress(f"Simulating {settings.num_patients:,} patients", 0, 1)
+            simulate(
+                folder / "meds",
+                patients=settings.num_patients,
+                structure=settings.structure,
+                seed=settings.simulation_seed,
+                overwrite=True,
+            )
+            prepare(folder / "meds", folder / "prepared", PrepareOptions(), progress=progress)
+    return open_prepared(folder / "prepared")
+
+
+def auto_max_position(lengths: npt.NDArray[np.int32], size_default: int) -> int:
+    """Positions for `--max-position auto`: the size's own number, or what 99% of the training sequences need.
+
+    At most 512.
+
+    >>> auto_max_position(np.array([10] * 99 + [80], dtype=np.int32), 50)
+    50
+    >>> auto_max_position(np.array([10] * 98 + [80] * 2, dtype=np.int32), 50)
+    80
+    """
+    needed = int(np.quantile(lengths, 0.99, method="inverted_cdf"))
+    return max(size_default, min(needed, MAX_AUTO_POSITION))
+
+
+@dataclass(frozen=True)
+class Records:
+    """The records as this run sees them."""
+
+    data: PreparedData
+    training: PreparedSplit
+    training_patients: npt.NDArray[np.int64]
+    max_position: int
+    train_evaluation: EvaluationSet
+    validation: EvaluationSet
+
+    @property
+    def row_length(self) -> int:
+        return max(self.max_position, SHORTEST_ROW)
+
+    @property
+    def truncated_share(self) -> float:
+        """Share of the training tokens that a sequence of `max_position` cannot hold."""
+        lengths = self.training.lengths[self.training_patients].astype(np.int64)
+        return float(np.maximum(lengths - self.max_position, 0).sum() / lengths.sum())
+
+    def baselines(self, vocab_size: int) -> Baselines:
+        """Chance, unigram and (simulated cohorts) floor, on the very masks that validation uses."""
+        ordinary = len(self.data.vocabulary)
+        train = gather(self.training, self.training_patients, max_position=self.max_position)
+        unigram_loss, unigram_accuracy = unigram_loss_and_accuracy(
+            unigram(train.codes, ordinary), self.validation.labels
+        )
+        chance = chance_loss(vocab_size)
+        if not self._floor_is_known():
+            return Baselines(chance, unigram_loss, unigram_accuracy)
+        floor = exact_floor(
+            load_cohort(self.data.folder),
+            self.data.vocabulary.tokens,
+            codes=self.validation.sequences.codes,
+            shown=self.validation.shown,
+            scored=self.validation.scored,
+            visits=self.validation.sequences.visits,
+            offsets=self.validation.sequences.offsets,
+        )
+        return Baselines(chance, unigram_loss, unigram_accuracy, floor.loss, floor.accuracy, floor.masked_loss)
+
+    def _floor_is_known(self) -> bool:
+        """A simulated cohort's codes must have come through preparation as they are, [UNK] apart."""
+        options = self.data.info["options"]
+        changes_codes = any(options.get(name) for name in ("icd_digits", "numeric_bins", "include", "exclude"))
+        return (self.data.folder / "cohort.json").exists() and not changes_codes
+
+
+def select_records(data: PreparedData, settings: ExperimentSettings) -> Records:
+    """Which patients are trained on, how long a sequence may be, and the fixed evaluation sets.
+
+    Raises:
+        UserError: no training or no tuning patients, or none with a token that could be scored.
+    """
+    training, tuning = data.split("train"), data.split("tuning")
+    for name, split in (("train", training), ("tuning", tuning)):
+        if not len(split):
+            raise UserError(f"{data.folder}: no patients in the {name} split; prepare with another --split")
+    patients = np.arange(len(training))
+    limit = settings.data.max_patients
+    if limit is not None and limit < len(patients):
+        patients = np.sort(stream(FIXED_SEED, Stream.TRAINING_SAMPLE).permutation(patients)[:limit])
+    size_default = settings.model.config(vocab_size=len(data.vocabulary)).max_position
+    max_position = (
+        auto_max_position(training.lengths[patients], size_default)
+        if settings.model.max_position == "auto"
+        else settings.model.max_position
+    )
+    sample = patients
+    if len(tuning) < len(patients):
+        sample = np.sort(stream(FIXED_SEED, Stream.TRAINING_SAMPLE).permutation(patients)[: len(tuning)])
+    sets = [
+        EvaluationSet.draw(
+            split,
+            chosen,
+            max_position=max_position,
+            vocab_size=len(data.vocabulary),
+            generator=stream(FIXED_SEED, purpose),
+        )
+        for split, chosen, purpose in (
+            (training, sample, Stream.TRAINING_SAMPLE_MASKS),
+            (tuning, np.arange(len(tuning)), Stream.VALIDATION_MASKS),
+        )
+    ]
+    if not all(evaluation.scored.any() for evaluation in sets):
+        raise UserError(f"{data.folder}: too few tokens to score any; prepare more patients")
+    return Records(data, training, patients, max_position, *sets)

@@ -1,0 +1,87 @@
+"""Does every file import only from the layers above its own?"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "behrt"
+
+# One row a layer, from the data to the command line; inside a row a file may import from those to its left.
+LAYERS = (
+    ("config", "files", "devices", "prepare_options", "events"),
+    (
+        "coding", "visits", "cleaning", "sources.meds", "sources.mimic", "vocabulary",
+        "population", "cohort", "floor", "metrics",
+    ),
+    ("sequences", "prepare", "masking", "batches"),
+    ("model", "lora", "parameters"),
+    ("checkpoints", "history", "tracking", "runs"),
+    ("trainer", "records"),
+    ("plots",),
+    (),
+    ("pretrain",),
+    (),
+    ("console", "cli", "__main__"),
+)  # fmt: skip
+ORDER = [module for layer in LAYERS for module in layer]
+WITHOUT_LAYER = {"__init__", "sources.__init__"}
+
+
+def modules() -> dict[str, Path]:
+    return {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+        for path in sorted(PACKAGE.rglob("*.py"))
+    }  # fmt: skip
+
+
+def imported_modules(source: str) -> set[str]:
+    """Modules of the package that a source text imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "behrt":
+            name = node.module.removeprefix("behrt").lstrip(".")
+            found |= {name} if name else {alias.name for alias in node.names if alias.name in ORDER}
+            assert node.level == 0
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.removeprefix("behrt.") for alias in node.names if alias.name.startswith("behrt.")}
+    return found
+
+
+def imports_from_below(module: str, source: str) -> set[str]:
+    return {name for name in imported_modules(source) if ORDER.index(name) >= ORDER.index(module)}
+
+
+def test_every_module_has_a_place_in_the_layers() -> None:
+    assert set(modules()) - WITHOUT_LAYER == set(ORDER)
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_a_module_imports_only_from_above(module: str) -> None:
+    assert imports_from_below(module, modules()[module].read_text()) == set()
+
+
+def test_an_import_from_below_is_found_even_inside_a_function() -> None:
+    assert imports_from_below("model", "def f():\n    from behrt.trainer import Trainer\n") == {"trainer"}
+    assert imports_from_below("model", "import behrt.cli\n") == {"cli"}
+    assert imports_from_below("trainer", "from behrt.model import BEHRT\n") == set()
+
+
+@pytest.mark.parametrize("module", sorted(set(ORDER) - {"tracking"}))
+def test_only_tracking_imports_mlflow(module: str) -> None:
+    names = {
+        name
+        for node in ast.walk(ast.parse(modules()[module].read_text()))
+        for name in (
+            [node.module or ""] if isinstance(node, ast.ImportFrom) else
+            [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        )
+    }  # fmt: skip
+    assert not {name for name in names if name.split(".")[0] in {"mlflow", "transformers", "peft"}}
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_a_module_opens_with_the_question_that_it_answers(module: str) -> None:
+    docstring = ast.get_docstring(ast.parse(modules()[module].read_text()))
+    assert docstring is not None
+    assert "?" in docstring.split("\n\n")[0]
