@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -297,8 +298,11 @@ def ui(port: int) -> None:
     """Open the MLflow store in the browser: runs side by side, with their curves."""
     from behrt.tracking import serve_ui, ui_address
 
-    click.echo(f"Open {ui_address(port)}   (Ctrl-C ends the server)", err=True)
-    sys.exit(serve_ui(port))
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise UserError(f"--port: {port} is taken; choose another")
+    click.echo(f"Open {ui_address(port)} (Ctrl-C ends the server)", err=True)
+    serve_ui(port)
 
 
 class LostRun(Exception):

@@ -37,10 +37,10 @@ BIRTH = "MEDS_BIRTH"
 FEWEST_PATIENTS = 20
 """Below this the tuning and held-out splits have fewer than two patients each."""
 
-VISITS = (4, 12)
+VISITS = (3, 9)
 """Fewest and most visits of a patient, drawn uniformly."""
-CODES_PER_VISIT = (8, 0.52)
-"""A visit has one code and binomially many more (trials, probability): 5.16 on average, and so 41 codes a patient."""
+CODES_PER_VISIT = (10, 0.6)
+"""A visit has one code and binomially many more (trials, probability): 7 on average, and so 42 codes a patient."""
 MEDIAN_GAP_DAYS = 75.0
 GAP_SIGMA = 0.8
 """Days between visits are log-normal, and one day at least, so that visits of a patient never overlap."""

@@ -30,16 +30,16 @@ MODEL_SEED = 20_190_404
 
 BACKGROUND_SHARE = 0.12
 INCIDENTAL_SHARE = 0.10
-LEADING_SHARE = 0.66
+LEADING_SHARE = 0.68
 """Of the codes of a profile's conditions, the share of the leading condition."""
 INCIDENTAL_CODES = 12
-CODES_OF_A_KIND = (0.52, 0.26, 0.14, 0.08)
+CODES_OF_A_KIND = (0.55, 0.25, 0.13, 0.07)
 """Shares of the (up to) four codes of one kind of one condition, in the order of `CONDITIONS`."""
 BACKGROUND_EXPONENT = 0.6
 """A code's background share falls with its rank to this power: flat enough that each code reaches several patients."""
 
 KIND_GIVEN_STAGE = np.array(  # [stages, kinds]; the kinds are diagnoses, drugs, measurements, complications
-    [[0.76, 0.10, 0.12, 0.02], [0.08, 0.76, 0.12, 0.04], [0.04, 0.14, 0.78, 0.04], [0.04, 0.10, 0.10, 0.76]]
+    [[0.82, 0.08, 0.08, 0.02], [0.06, 0.82, 0.09, 0.03], [0.03, 0.11, 0.83, 0.03], [0.03, 0.08, 0.07, 0.82]]
 )
 FIRST_STAGE = np.array([0.70, 0.18, 0.10, 0.02])  # [stages]
 NEXT_STAGE = np.array(  # [stages, stages], the mean over profiles

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from behrt.config import UserError
 from behrt.files import locked
@@ -53,9 +53,12 @@ def connect() -> MlflowClient:
     Raises:
         UserError: the store cannot be opened.
     """
-    logging.getLogger("alembic").setLevel(logging.WARNING)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError  # MLflow lets those of a damaged database through
+
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # making the tables is nothing to report
 
     uri = tracking_uri()
     try:
@@ -67,8 +70,9 @@ def connect() -> MlflowClient:
             return client
         client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
-    except (MlflowException, OSError) as error:
-        raise UserError(f"MLFLOW_TRACKING_URI: {uri}: cannot be opened: {str(error).splitlines()[0][:200]}") from None
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"MLFLOW_TRACKING_URI: {uri}: the store cannot be opened: {reason}") from None
     return client
 
 
@@ -183,10 +187,9 @@ def ui_address(port: int, experiment: str | None = None) -> str:
     return f"http://127.0.0.1:{port}/#/experiments/{experiment or 0}/runs?{charts}"
 
 
-def serve_ui(port: int) -> int:
-    """Runs MLflow's own server over the local store until it is stopped; its exit code."""
+def serve_ui(port: int) -> NoReturn:
+    """Becomes MLflow's own server over the local store, on this machine's loopback address."""
     connect()
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking_uri()]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    return subprocess.run(command, env=environment, check=False).returncode
+    os.execve(sys.executable, command, {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})

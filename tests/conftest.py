@@ -1,9 +1,13 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share: records and runs, made once through the real command line."""
 
 import os
+from contextlib import chdir, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from behrt.cli import main
 
@@ -18,10 +22,43 @@ def test_data() -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _own_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reaches a tracking server that the environment names."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prepared records of 300 simulated patients, made through the command line."""
+    """Prepared records of 300 simulated patients."""
     folder = tmp_path_factory.mktemp("records")
     assert main(["simulate", "--patients", "300", "--out", str(folder / "meds")]) == 0
     assert main(["prepare", str(folder / "meds"), "--format", "meds", "--out", str(folder / "prepared")]) == 0
     return folder / "prepared"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A working folder with one MLflow store and two finished runs."""
+
+    root: Path
+    prepared: Path
+    lora: Path
+    full: Path
+    full_json: str
+
+    def client(self) -> MlflowClient:
+        return MlflowClient(tracking_uri=f"sqlite:///{self.root}/mlruns/mlflow.db")
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Workspace:
+    """Two small runs in `experiments/`: LoRA on a random base, and full training."""
+    root = tmp_path_factory.mktemp("workspace")
+    common = ["--data", str(prepared), "--epochs", "3", "--lr", "3e-3", "--experiment"]
+    with chdir(root), pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        assert main(["train", *common, "lora", "--use-lora", "--lora-rank", "4"]) == 0
+        with redirect_stdout(StringIO()) as stdout:
+            assert main(["train", *common, "full", "--json"]) == 0
+    return Workspace(root, prepared, root / "experiments" / "lora", root / "experiments" / "full", stdout.getvalue())

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from small_records import BIRTH, day, events, plain_events, write_meds
 from test_mimic import TABLES, write_tables
 
 from behrt.config import UserError
@@ -17,6 +16,8 @@ from behrt.events import SPLITS
 from behrt.prepare import prepare
 from behrt.prepare_options import PrepareOptions
 from behrt.sequences import open_prepared
+
+from .small_records import BIRTH, day, events, plain_events, write_meds
 
 
 def refused(source: Path, match: str, out: Path | None = None, **options) -> None:

@@ -3,10 +3,11 @@
 from datetime import datetime
 
 import pytest
-from small_records import BIRTH, DEATH, day, events, random_events
 
 from behrt.cleaning import EVENT_FATES, account, clean_events
 from behrt.prepare_options import PrepareOptions
+
+from .small_records import BIRTH, DEATH, day, events, random_events
 
 BORN = (1, datetime(1970, 1, 1), BIRTH)
 

@@ -3,10 +3,11 @@
 import numpy as np
 import polars as pl
 import pytest
-from small_records import day, events
 
 from behrt import coding
 from behrt.coding import ValueSample, append_bins, shorten_icd
+
+from .small_records import day, events
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,10 @@
 import numpy as np
 import polars as pl
 import pytest
-from small_records import day, events
 
 from behrt.events import fingerprint, is_in_order, split_by_hash, subject_ranges
+
+from .small_records import day, events
 
 SHARES = (0.8, 0.1, 0.1)
 

@@ -2,10 +2,11 @@
 
 import polars as pl
 import pytest
-from small_records import plain_events, random_events, write_meds
 
 from behrt.events import EVENT_SCHEMA
 from behrt.sources.meds import open_meds
+
+from .small_records import plain_events, random_events, write_meds
 
 
 def everything(source) -> pl.DataFrame:

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from small_records import BIRTH, DEATH, plain_events, random_events, write_meds
 
 from behrt.events import SPLITS
 from behrt.prepare import prepare, report_rows
 from behrt.prepare_options import PrepareOptions
 from behrt.sequences import open_prepared
 from behrt.vocabulary import CLS, SEP, UNK
+
+from .small_records import BIRTH, DEATH, plain_events, random_events, write_meds
 
 SUBJECTS = range(1, 121)
 SPLIT_OF = {subject: ("train", "train", "tuning", "held_out")[subject % 4] for subject in SUBJECTS}

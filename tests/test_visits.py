@@ -1,10 +1,11 @@
 """Visits: by the source's id, by admission and discharge, by the gap."""
 
 import polars as pl
-from small_records import day, events
 
 from behrt.prepare_options import PrepareOptions
 from behrt.visits import assign_visits
+
+from .small_records import day, events
 
 SPANS = PrepareOptions(admission_code="IN", discharge_code="OUT")
 

@@ -1,0 +1,91 @@
+"""Is the MLflow store safe to open by several runs at once, and does it hold what it was given?"""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from contextlib import chdir
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from behrt.config import UserError
+from behrt.tracking import TrackedRun, connect, download_checkpoints, experiment_id, tracking_uri
+
+
+def open_and_log(folder: str, number: int) -> None:
+    with chdir(folder):
+        run = TrackedRun(experiment="shared", params={"number": number}, tags={})
+        run.log_figures({"val_loss": float(number)}, step=1)
+        run.finish("FINISHED")
+
+
+def test_four_runs_that_start_at_once_on_an_empty_store_all_arrive(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=open_and_log, args=(str(tmp_path), number)) for number in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+    assert [process.exitcode for process in processes] == [0, 0, 0, 0]
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlruns/mlflow.db")
+    experiment = client.get_experiment_by_name("shared")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert sorted(run.data.metrics["val_loss"] for run in runs) == [0.0, 1.0, 2.0, 3.0]
+    assert {run.info.status for run in runs} == {"FINISHED"}
+
+
+def test_artifacts_stand_below_mlruns(tmp_path: Path) -> None:
+    with chdir(tmp_path):
+        run = TrackedRun(experiment="a", params={}, tags={"device": "cpu"})
+        run.log_text("text", "note.txt")
+        run.tag({"diagnosis": "healthy"})
+        run.finish("KILLED")
+        (found,) = (tmp_path / "mlruns" / "artifacts").rglob("note.txt")
+        assert found.read_text() == "text"
+        client = connect()
+        tags = client.get_run(run.run_id).data.tags
+    assert (tags["device"], tags["diagnosis"]) == ("cpu", "healthy")
+    assert client.get_run(run.run_id).info.status == "KILLED"
+
+
+def test_the_environment_names_another_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = f"sqlite:///{tmp_path}/elsewhere/store.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", other)
+    assert tracking_uri() == other
+    connect()
+    assert (tmp_path / "elsewhere" / "store.db").exists()
+
+
+def test_a_store_that_cannot_be_opened_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "store.db").write_bytes(b"this is no database" * 100)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store.db")
+    with pytest.raises(UserError, match="cannot be opened") as caught:
+        connect()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_deleted_experiment_is_refused_by_name(tmp_path: Path) -> None:
+    with chdir(tmp_path):
+        client = connect()
+        client.delete_experiment(experiment_id(client, "gone"))
+        with pytest.raises(UserError, match="--experiment: gone was deleted"):
+            experiment_id(client, "gone")
+
+
+def test_a_run_without_checkpoints_is_refused(tmp_path: Path) -> None:
+    with chdir(tmp_path):
+        run = TrackedRun(experiment="a", params={}, tags={})
+        with pytest.raises(UserError, match="has no such run, or the run has no checkpoints"):
+            download_checkpoints(run.run_id)
+
+
+def test_telemetry_is_off() -> None:
+    # in a process of its own, without what tests set: MLflow is silent under pytest and CI anyway
+    quiet = ("CI", "PYTEST_CURRENT_TEST", "MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK")
+    environment = {name: value for name, value in os.environ.items() if name not in quiet}
+    code = "import behrt.tracking, sys; from mlflow.telemetry import get_telemetry_client; "
+    code += "sys.exit(get_telemetry_client() is not None)"
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
