@@ -79,8 +79,8 @@ def initialise(model: nn.Module, generator: torch.Generator | None = None) -> No
 class Dropout(nn.Module):
     """Dropout (Srivastava et al., 2014) whose random numbers are cheap on the CPU.
 
-    There torch draws one number per element, one after the other, a sixth of a small model's step. Here every draw of 64
-    bits decides for four elements, 16 bits each; the share that is dropped is exact to 1/65,536.
+    There torch draws one number per element, one after the other, a sixth of a small model's step. Here every draw of
+    64 bits decides for four elements, 16 bits each; the share that is dropped is exact to 1/65,536.
     """
 
     def __init__(self, share: float) -> None:
@@ -94,7 +94,7 @@ class Dropout(nn.Module):
             return F.dropout(hidden, self.share)
         count = hidden.numel()
         draws = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(1 << 63), None).view(torch.int16)
-        dropped = round(self.share * 65536)
+        dropped = min(round(self.share * 65536), 65535)
         kept = (draws[:count] >= dropped - 32768).view(hidden.shape)
         return hidden * (kept.to(hidden.dtype) * (65536 / (65536 - dropped)))
 
