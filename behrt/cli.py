@@ -124,12 +124,20 @@ preset_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 
 
+class InOrder(click.Group):
+    """Lists its commands in the order of a day's work, not of the alphabet."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(self.commands)
+
+
 @click.group(
+    cls=InOrder,
     context_settings={
         "help_option_names": ["-h", "--help"],
         "max_content_width": 110,
         "token_normalize_func": lambda token: token.replace("_", "-"),
-    }
+    },
 )
 @click.version_option(__version__, prog_name="behrt")
 @click.option("--debug", is_flag=True, help="Show tracebacks and debug messages.")
@@ -246,12 +254,8 @@ def train(
     name, folder = place_of_run(settings, experiment_file, experiment, out)
 
     from behrt.console import TerminalListener, result_lines, stderr_console
-    from behrt.pretrain import Terminated, pretrain
+    from behrt.pretrain import pretrain
 
-    def terminate(signal_number: int, frame: object) -> None:
-        raise Terminated
-
-    signal.signal(signal.SIGTERM, terminate)
     console = stderr_console()
     listener = TerminalListener(console)
     try:
@@ -305,6 +309,10 @@ def ui(port: int) -> None:
     serve_ui(port)
 
 
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end (SIGTERM); it ends as on Ctrl-C, with an exit code of its own."""
+
+
 class LostRun(Exception):
     """A run that ended, but whose model is of no use."""
 
@@ -342,6 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the exit code. The user's mistakes become one line."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
+    former_handler = signal.signal(signal.SIGTERM, terminate)
     try:
         code = cli.main(arguments, prog_name="behrt", standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -354,9 +363,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(f"behrt: {one_line(error)}", EXIT_MISTAKE)
     except LostRun as error:
         return fail(f"behrt: {error}", EXIT_LOST)
-    except (KeyboardInterrupt, click.Abort) as error:
-        terminated = type(error).__name__ == "Terminated"
-        return fail("behrt: stopped", EXIT_TERMINATED if terminated else EXIT_INTERRUPTED)
+    except Terminated:
+        return fail("behrt: stopped by SIGTERM", EXIT_TERMINATED)
+    except (KeyboardInterrupt, click.Abort):
+        return fail("behrt: stopped", EXIT_INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGTERM, former_handler)
+
+
+def terminate(signal_number: int, frame: object) -> None:
+    raise Terminated
 
 
 def one_line(error: Exception) -> str:

@@ -39,10 +39,6 @@ EVALUATED_AT_ONCE = 128
 SECONDS_BETWEEN_PLOTS = 30.0
 
 
-class Terminated(KeyboardInterrupt):
-    """The process was asked to end (SIGTERM)."""
-
-
 class Listener:
     """What a person sees of a run while it goes on; here: nothing. The command line prints."""
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from contextlib import chdir
 from pathlib import Path
 
@@ -210,6 +212,23 @@ def test_an_interrupted_run_is_marked_killed_and_keeps_its_epochs(
         assert client.get_run(run["run_id"]).info.status == "KILLED"
         assert len(read_history(Path("stopped"))["val_loss"]) == 2
         load_run("stopped", checkpoint="last")
+
+
+def test_sigterm_ends_a_run_as_killed_with_exit_code_143(workspace: Workspace, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "behrt", "train", "--data", str(workspace.prepared), "--epochs", "500"]
+    process = subprocess.Popen([*command, "--out", "stopped"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("Epoch 1/500"):
+            break
+    process.terminate()
+    assert process.stderr.read().splitlines()[-1] == "behrt: stopped by SIGTERM"
+    assert process.wait(timeout=60) == 143
+    process.stderr.close()
+    run = read_run(tmp_path / "stopped")
+    assert run["status"] == "KILLED"
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlruns/mlflow.db")
+    assert client.get_run(run["run_id"]).info.status == "KILLED"
 
 
 def test_everything_trained_is_reported_as_json_on_stdout(workspace: Workspace) -> None:

@@ -208,9 +208,9 @@ def finding(rows: list[dict[str, Any]]) -> str:
     full, lora = (gaps[name, best[name]] for name in ("full", "lora"))
     winner = "full training" if full > lora else "LoRA"
     return (
-        f"At its best learning rate of these, training everything ({best['full']:g}) closes {full:.1%} of the gap, LoRA\n"
-        f"on a random base ({best['lora']:g}) {lora:.1%}: {abs(full - lora) * 100:.1f} percentage points in favour of\n"
-        f"{winner} within this budget."
+        f"At its best learning rate of these ({best['full']:g}), training everything closes {full:.1%} of the gap;\n"
+        f"LoRA on a random base ({best['lora']:g}) closes {lora:.1%}. That is {abs(full - lora) * 100:.1f} percentage\n"
+        f"points in favour of {winner} within this budget."
     )
 
 
