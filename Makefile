@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test browser clean
+.PHONY: train test
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("behrt needs Python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else 0'

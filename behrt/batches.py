@@ -8,6 +8,7 @@ epochs, runs and trials; baselines and floors are computed on the very same arra
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Self
@@ -117,34 +118,37 @@ def choose_window(
     return start, start + room
 
 
-def gather(
-    split: PreparedSplit,
-    patients: npt.NDArray[np.int64],
-    *,
-    max_position: int,
-    generator: np.random.Generator | None = None,
-) -> FlatSequences:
-    """Sequences of the named patients, none longer than `max_position`; see `choose_window` for the longer ones."""
-    codes, ages, visits, lengths = [], [], [], []
-    for patient in patients.tolist():
-        patient_codes, patient_ages, patient_visits = split.sequence(patient)
-        length = len(patient_codes)
+def gather(split: PreparedSplit, patients: npt.NDArray[np.int64]) -> FlatSequences:
+    """The whole sequences of the named patients."""
+    parts = [split.sequence(patient) for patient in patients.tolist()]
+    offsets = np.zeros(len(parts) + 1, dtype=np.int64)
+    np.cumsum([len(codes) for codes, _, _ in parts], out=offsets[1:])
+    codes, ages, visits = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return FlatSequences(codes=codes, ages=ages, visits=visits, offsets=offsets)
+
+
+def cut(
+    sequences: FlatSequences, max_position: int, generator: np.random.Generator | None = None
+) -> tuple[FlatSequences, npt.NDArray[np.int64]]:
+    """Sequences of at most `max_position` tokens: `[CLS]` and a window of whole visits; see `choose_window`.
+
+    Returns:
+        The sequences, and which of the given tokens they kept, int64 `[kept tokens]`.
+    """
+    lengths = np.diff(sequences.offsets)
+    kept = []
+    for start, length in zip(sequences.offsets[:-1].tolist(), lengths.tolist(), strict=True):
         if length <= max_position:
-            codes.append(patient_codes)
-            ages.append(patient_ages)
-            visits.append(patient_visits)
+            kept.append(np.arange(start, start + length))
         else:
-            start, stop = choose_window(patient_visits, max_position, generator)
-            codes += [patient_codes[:1], patient_codes[start:stop]]
-            ages += [patient_ages[start : start + 1], patient_ages[start:stop]]  # [CLS] has the age of what follows
-            visits += [patient_visits[:1], patient_visits[start:stop]]
-            length = 1 + stop - start
-        lengths.append(length)
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return FlatSequences(
-        codes=np.concatenate(codes), ages=np.concatenate(ages), visits=np.concatenate(visits), offsets=offsets
-    )
+            first, stop = choose_window(sequences.visits[start : start + length], max_position, generator)
+            kept += [np.array([start]), np.arange(start + first, start + stop)]
+    index = np.concatenate(kept)
+    offsets = np.zeros_like(sequences.offsets)
+    np.cumsum(np.bincount(np.searchsorted(sequences.offsets, index, side="right") - 1), out=offsets[1:])
+    ages = sequences.ages[index]
+    ages[offsets[:-1]] = ages[offsets[:-1] + 1]  # [CLS] has the age of what follows it
+    return FlatSequences(sequences.codes[index], ages, sequences.visits[index], offsets), index
 
 
 def place_in_rows(lengths: npt.NDArray[np.int64], row_length: int) -> tuple[npt.NDArray[np.int64], ...]:
@@ -170,6 +174,68 @@ def place_in_rows(lengths: npt.NDArray[np.int64], row_length: int) -> tuple[npt.
         filled[row] += length
         count[row] += 1
     return rows, starts, numbers
+
+
+@dataclass(frozen=True)
+class MaskedSequences:
+    """Sequences, what a model is shown of them, and where it is scored.
+
+    Attributes:
+        sequences: the original tokens.
+        shown: int32 `[tokens]`, after the corruption.
+        scored: bool `[tokens]`.
+    """
+
+    sequences: FlatSequences
+    shown: npt.NDArray[np.int32]
+    scored: npt.NDArray[np.bool_]
+
+    @property
+    def labels(self) -> npt.NDArray[np.int32]:
+        """Original ids of the scored tokens, int32 `[scored]`."""
+        return self.sequences.codes[self.scored]
+
+    def batch(self, first: int, stop: int, *, row_length: int) -> PackedBatch:
+        """The patients `first:stop` in packed rows."""
+        offsets = self.sequences.offsets[first : stop + 1]
+        tokens = slice(int(offsets[0]), int(offsets[-1]))
+        return pack(
+            FlatSequences(
+                codes=self.sequences.codes[tokens],
+                ages=self.sequences.ages[tokens],
+                visits=self.sequences.visits[tokens],
+                offsets=offsets - offsets[0],
+            ),
+            self.shown[tokens],
+            self.scored[tokens],
+            row_length=row_length,
+        )
+
+    def packed(self, patients_per_batch: int, row_length: int) -> list[PackedBatch]:
+        """All patients, so many a batch."""
+        firsts = range(0, len(self.sequences), patients_per_batch)
+        return [
+            self.batch(first, min(first + patients_per_batch, len(self.sequences)), row_length=row_length)
+            for first in firsts
+        ]
+
+
+def evaluation_set(
+    split: PreparedSplit,
+    patients: npt.NDArray[np.int64],
+    *,
+    max_position: int,
+    vocab_size: int,
+    generator: np.random.Generator,
+) -> MaskedSequences:
+    """The latest visits of each patient under masks that never change.
+
+    Whole histories are masked before they are cut, so that the same token is masked whatever `max_position` is.
+    """
+    whole = gather(split, patients)
+    shown, scored = mask_tokens(whole.codes, vocab_size=vocab_size, generator=generator)
+    sequences, kept = cut(whole, max_position)
+    return MaskedSequences(sequences, shown[kept], scored[kept])
 
 
 def pack(
@@ -247,60 +313,10 @@ class TrainingBatches:
             patients = order[step * self._batch_size : (step + 1) * self._batch_size]
             windows = stream(self._seed, Stream.WINDOWS, epoch, step)
             masks = stream(self._seed, Stream.TRAINING_MASKS, epoch, step)
-            parts = np.array_split(patients, min(self._accumulation_steps, len(patients)))
-            yield [self._micro_batch(part, windows, masks) for part in parts]
-
-    def _micro_batch(
-        self, patients: npt.NDArray[np.int64], windows: np.random.Generator, masks: np.random.Generator
-    ) -> PackedBatch:
-        sequences = gather(self._split, patients, max_position=self._max_position, generator=windows)
-        shown, scored = mask_tokens(sequences.codes, vocab_size=self._vocab_size, generator=masks)
-        return pack(sequences, shown, scored, row_length=self._row_length)
-
-
-@dataclass(frozen=True)
-class EvaluationSet:
-    """Patients with masks that never change: the latest visits of each, corrupted once.
-
-    Attributes:
-        sequences: what the model could see at most.
-        shown: int32 `[tokens]`, what it does see.
-        scored: bool `[tokens]`.
-    """
-
-    sequences: FlatSequences
-    shown: npt.NDArray[np.int32]
-    scored: npt.NDArray[np.bool_]
-
-    @classmethod
-    def draw(
-        cls,
-        split: PreparedSplit,
-        patients: npt.NDArray[np.int64],
-        *,
-        max_position: int,
-        vocab_size: int,
-        generator: np.random.Generator,
-    ) -> Self:
-        sequences = gather(split, patients, max_position=max_position)
-        shown, scored = mask_tokens(sequences.codes, vocab_size=vocab_size, generator=generator)
-        return cls(sequences=sequences, shown=shown, scored=scored)
-
-    @property
-    def labels(self) -> npt.NDArray[np.int32]:
-        """Original ids of the scored tokens, int32 `[scored]`."""
-        return self.sequences.codes[self.scored]
-
-    def batches(self, *, patients_per_batch: int, row_length: int) -> Iterator[PackedBatch]:
-        """The set in packed rows, in the patients' order."""
-        sequences = self.sequences
-        for first in range(0, len(sequences), patients_per_batch):
-            offsets = sequences.offsets[first : first + patients_per_batch + 1]
-            tokens = slice(int(offsets[0]), int(offsets[-1]))
-            part = FlatSequences(
-                codes=sequences.codes[tokens],
-                ages=sequences.ages[tokens],
-                visits=sequences.visits[tokens],
-                offsets=offsets - offsets[0],
+            sequences, _ = cut(gather(self._split, patients), self._max_position, windows)
+            masked = MaskedSequences(
+                sequences, *mask_tokens(sequences.codes, vocab_size=self._vocab_size, generator=masks)
             )
-            yield pack(part, self.shown[tokens], self.scored[tokens], row_length=row_length)
+            parts = min(self._accumulation_steps, len(patients))
+            bounds = np.linspace(0, len(patients), parts + 1).round().astype(int).tolist()
+            yield [masked.batch(first, stop, row_length=self._row_length) for first, stop in itertools.pairwise(bounds)]

@@ -8,7 +8,6 @@ and refused where its fingerprint is no longer the one that the adapter was trai
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from behrt.config import BEHRTConfig, UserError
-from behrt.files import replacing_folder, write_json
+from behrt.files import read_json, replacing_folder, write_json
 from behrt.lora import adapted_layers, load_adapter, merge_adapters, save_adapter
 from behrt.model import BEHRTForMaskedLM
 from behrt.vocabulary import FIRST_CODE, Vocabulary
@@ -36,11 +35,13 @@ class Base:
         seed: of the random initialisation.
         init_from: the pre-trained run, as it was named; None for a random start.
         init_from_run: its MLflow run id, where it has one; found even when its folder has moved.
+        init_from_checkpoint: `best` or `last`.
     """
 
     seed: int
     init_from: str | None = None
     init_from_run: str | None = None
+    init_from_checkpoint: str = "best"
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def save_checkpoint(folder: Path, model: BEHRTForMaskedLM, *, vocabulary: Vocabu
         else:
             state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
             save_file(state, beside / "model.safetensors", metadata={"format": "pt"})
-        vocabulary.save(beside / "vocabulary.json")
+        # without its counts, and so without anything but names: this file travels
+        Vocabulary.of_codes(vocabulary.tokens[FIRST_CODE:]).save(beside / "vocabulary.json")
         write_json(
             beside / "checkpoint.json",
             {
@@ -173,16 +175,11 @@ def transplant(donor: Checkpoint, model: BEHRTForMaskedLM, vocabulary: Vocabular
 
 def _read_about(folder: Path) -> dict[str, Any]:
     path = folder / "checkpoint.json"
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder}: holds no checkpoint (checkpoint.json is missing)") from None
-    except (OSError, ValueError):
-        raise UserError(f"{path}: is damaged; choose another checkpoint") from None
-    version = about.get("format_version") if isinstance(about, dict) else None
+    about = read_json(path, missing=f"{folder} holds no checkpoint")
+    version = about.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format version {version}, this behrt reads {FORMAT_VERSION}")
-    return dict(about)
+    return about
 
 
 def _load_state(model: nn.Module, path: Path) -> None:

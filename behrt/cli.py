@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import signal
 import socket
 import sys
@@ -165,12 +166,16 @@ def cli(debug: bool) -> None:
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which patients are drawn.")
 @click.option("--overwrite", is_flag=True, help="Replace a simulated cohort in OUT.")
-def simulate(patients: int, out: Path, structure: Any, seed: int, overwrite: bool) -> None:
+@json_option
+def simulate(patients: int, out: Path, structure: Any, seed: int, overwrite: bool, as_json: bool) -> None:
     """Simulate a cohort whose best possible loss is known, as a MEDS data set."""
     from behrt import cohort
 
-    cohort.simulate(out, patients=patients, structure=structure, seed=seed, overwrite=overwrite)
+    simulated = cohort.simulate(out, patients=patients, structure=structure, seed=seed, overwrite=overwrite)
     click.echo(f"{patients:,} patients in {out}; next: behrt prepare {out} --format meds --out DIR", err=True)
+    if as_json:
+        about = {"patients": patients, "structure": structure, "seed": seed, "codes": len(simulated.codes)}
+        click.echo(json.dumps({"out": str(out), **about}))
 
 
 def prepare_option(name: str, help: str, **settings: Any) -> Callable[[Command], Command]:
@@ -334,7 +339,7 @@ def place_of_run(
     """Name and folder of a run: as given, else those of the experiment file, else by the model's size."""
     if experiment is None:
         if out is not None:
-            experiment = out.resolve().name
+            experiment = re.sub(r"[^A-Za-z0-9._-]", "_", out.resolve().name)
         elif experiment_file is not None:
             is_standard = experiment_file.name == "experiment.yaml"
             experiment = experiment_file.resolve().parent.name if is_standard else experiment_file.stem
@@ -354,6 +359,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = cli.main(arguments, prog_name="behrt", standalone_mode=False)
         return code if isinstance(code, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return EXIT_MISTAKE
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "behrt"
         return fail(f"{command}: {error.format_message()} (see {command} --help)", EXIT_MISTAKE)
@@ -363,9 +371,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(f"behrt: {one_line(error)}", EXIT_MISTAKE)
     except LostRun as error:
         return fail(f"behrt: {error}", EXIT_LOST)
-    except Terminated:
-        return fail("behrt: stopped by SIGTERM", EXIT_TERMINATED)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as error:  # click wraps the first in the second
+        if isinstance(error, Terminated) or isinstance(error.__cause__, Terminated):
+            return fail("behrt: stopped by SIGTERM", EXIT_TERMINATED)
         return fail("behrt: stopped", EXIT_INTERRUPTED)
     finally:
         signal.signal(signal.SIGTERM, former_handler)

@@ -57,22 +57,24 @@ def describe_validation_error(error: ValidationError, cls: type[BaseModel], wher
     problem = error.errors(include_url=False)[0]
     path = [str(part) for part in problem["loc"]]
     owner: type[BaseModel] = cls
-    for part in path[:-1]:
+    place, is_section = [], True
+    for part in path:
+        place.append(part)
         annotation = owner.model_fields[part].annotation if part in owner.model_fields else None
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            owner = annotation
-    if where == FLAGS:
-        place = "--" + path[-1].replace("_", "-") if path else where
-    else:
-        place = f"{where}: {'.'.join(path)}" if path else where
-    if problem["type"] == "extra_forbidden":
-        return f"{place}: unknown key{nearest(path[-1], list(owner.model_fields))}"
+        is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        if not is_section:
+            break  # what may follow names the alternative of a union, or the place in a list
+        owner = annotation  # type: ignore[assignment]
     message = problem["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
-    if problem["type"] == "value_error" and not path:
-        return f"{where}: {message}"
-    found = problem["input"]
-    return f"{place}: {message} (found {str(found)[:60]!r})"
+    if problem["type"] == "value_error" and is_section:
+        return f"{where}: {message}"  # about several keys together, which the message names
+    named = "--" + place[-1].replace("_", "-") if where == FLAGS else f"{where}: {'.'.join(place)}"
+    if problem["type"] == "extra_forbidden":
+        return f"{named}: unknown key{nearest(path[-1], list(owner.model_fields))}"
+    if is_section:
+        message = "expected keys and values"
+    return f"{named}: {message} (found {str(problem['input'])[:60]!r})"
 
 
 class Section(BaseModel):
@@ -241,7 +243,7 @@ class DataSettings(Section):
     """Section `data`: prepared records, or a simulated cohort."""
 
     data: str | None = Field(default=None, description="prepared records; without it a cohort is simulated")
-    num_patients: int = Field(default=5000, ge=20, description="patients of the simulated cohort")
+    num_patients: int = Field(default=5000, ge=40, description="patients of the simulated cohort")
     max_patients: int | None = Field(default=None, ge=1, description="use only this many training patients")
     structure: Structure = "hmm"
     simulation_seed: int = Field(default=0, ge=0)
@@ -368,7 +370,7 @@ def read_experiment_file(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: expected sections model, adaptation, data and training, found {type(loaded).__name__}"
         )
-    return loaded
+    return {section: {} if fields is None else fields for section, fields in loaded.items()}
 
 
 def build_settings(nested: Mapping[str, Any], *, where: str = "settings") -> ExperimentSettings:
@@ -385,7 +387,8 @@ def load_experiment(
     """Flags over file over preset over defaults.
 
     Raises:
-        UserError: unknown preset or key (with the nearest match), a value out of range, an unreadable file.
+        UserError: unknown preset or key (with the nearest match), a value out of range, an unreadable file, a flag that
+            would have no effect.
     """
     nested: dict[str, Any] = {}
     if preset is not None:
@@ -397,7 +400,23 @@ def load_experiment(
         build_settings(from_file, where=str(path))
         for key, value in from_file.items():
             nested[key] = {**nested.get(key, {}), **value} if isinstance(value, dict) else value
-    return build_settings(lay_over(nested, dict(flags or {})), where=FLAGS if flags else str(path or preset))
+    settings = build_settings(lay_over(nested, dict(flags or {})), where=FLAGS if flags else str(path or preset))
+    refuse_idle_flags(settings, flags or {})
+    return settings
+
+
+def refuse_idle_flags(settings: ExperimentSettings, flags: Mapping[str, Any]) -> None:
+    """`UserError` for a flag that would change nothing: most likely another one was forgotten."""
+    idle: dict[str, str] = {}
+    if not settings.adaptation.use_lora:
+        lora = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "freeze_base")
+        idle |= dict.fromkeys(lora, "has no effect without --use-lora; add it, or leave this out")
+    if settings.data.data is not None:
+        simulated = ("num_patients", "structure", "simulation_seed")
+        idle |= dict.fromkeys(simulated, "is for simulated cohorts, and --data names prepared records; leave one out")
+    for name in flags:
+        if name in idle:
+            raise UserError(f"--{name.replace('_', '-')}: {idle[name]}")
 
 
 def experiment_yaml(settings: ExperimentSettings) -> str:

@@ -99,7 +99,7 @@ class TerminalListener(Listener):
         self._start: RunStart | None = None
         self._epoch = 1
 
-    def note(self, message: str) -> None:
+    def _print(self, message: str) -> None:
         self._console.print(message, markup=False)
 
     def preparing(self, stage: str, done: int, total: int) -> None:
@@ -127,7 +127,7 @@ class TerminalListener(Listener):
                 f"  start      {given.shared_codes:,} codes from {settings.adaptation.init_from}, "
                 f"{given.new_codes:,} new codes and {given.new_positions:,} new positions at random"
             )
-        self.note("\n".join(lines))
+        self._print("\n".join(lines))
 
     def step(self, step: int, steps: int) -> None:
         self._bar.show(f"Epoch {self._epoch}", step, steps)
@@ -137,7 +137,7 @@ class TerminalListener(Listener):
         training = self._start.settings.training
         self._bar.clear()
         self._epoch = record.epoch + 1
-        self.note(
+        self._print(
             epoch_line(record, epochs=training.epochs, patience=training.early_stopping_patience, mark=self._mark)
         )
 

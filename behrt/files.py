@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from behrt.config import UserError
+
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
@@ -23,8 +25,7 @@ def replacing_file(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield beside
-        with beside.open("rb") as handle:
-            os.fsync(handle.fileno())
+        _flush(beside)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
@@ -40,15 +41,29 @@ def replacing_folder(path: Path, *, mode: int = 0o777) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         beside.chmod(mode & ~umask)
+        for file in beside.rglob("*"):
+            if file.is_file():
+                _flush(file)
         if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-            path.replace(old / path.name)
-            beside.replace(path)
-            shutil.rmtree(old)
+            former = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".former", dir=path.parent))
+            try:
+                path.replace(former / path.name)
+                beside.replace(path)
+            except BaseException:
+                if not path.exists():  # interrupted between the two: the former folder comes back
+                    (former / path.name).replace(path)
+                raise
+            finally:
+                shutil.rmtree(former, ignore_errors=True)
         else:
             beside.replace(path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
 
 
 @contextmanager
@@ -60,6 +75,23 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+class FolderLock:
+    """Keeps a folder for one process: a lock on its file `.lock`, which dies with the process."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises `UserError` if another process holds it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._handle = (folder / ".lock").open("a")
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._handle.close()
+            raise UserError(f"{folder}: another run is writing there; choose another --experiment or --out") from None
+
+    def release(self) -> None:
+        self._handle.close()
+
+
 def write_text(path: Path, text: str) -> None:
     """UTF-8 text, whole or not at all."""
     with replacing_file(path) as beside:
@@ -69,3 +101,25 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Strict JSON (no NaN), whole or not at all."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, *, missing: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        missing: what it means if the file is not there.
+
+    Raises:
+        UserError: the file is missing, unreadable, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {missing}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{path}: is damaged; expected JSON") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: is damaged; expected a JSON object, found {type(value).__name__}")
+    return value

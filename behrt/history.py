@@ -7,7 +7,6 @@ store is fed from it. A new run moves the former one to `earlier/<run id>/`: not
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from behrt.config import UserError
-from behrt.files import write_json, write_text
+from behrt.files import FolderLock, read_json, write_json, write_text
 
 EPOCH_FIGURES = (
     "train_loss",
@@ -52,8 +51,8 @@ class Baselines:
     floor_masked_loss: float | None = None
 
     def figures(self) -> dict[str, float]:
-        """The known ones by name."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """The known ones by name; a mean over no tokens is not known."""
+        return {name: value for name, value in asdict(self).items() if value is not None and math.isfinite(value)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +84,10 @@ class EpochRecord:
     is_best: bool
     epochs_without_improvement: int
 
+    def figures(self) -> dict[str, float]:
+        """The figures that are tracked, by name."""
+        return {name: getattr(self, name) for name in EPOCH_FIGURES}
+
     @property
     def is_finite(self) -> bool:
         return all(map(math.isfinite, (self.train_loss, self.val_loss, self.train_loss_running, self.gradient_norm)))
@@ -100,29 +103,44 @@ class RunFolder:
         self.history_file = path / "logs" / "metrics_history.json"
         self.run_file = path / "run.json"
         self.experiment_file = path / "experiment.yaml"
+        self.settings_file = path / "logs" / "settings.yaml"
         self._history: dict[str, list[dict[str, Any]]] = {}
+        self._lock: FolderLock | None = None
 
-    def begin(self, experiment_yaml: str) -> None:
-        """Makes room: the former run goes to `earlier/`; `experiment.yaml` is written where there is none."""
+    def claim(self) -> None:
+        """Keeps the folder for this run. Raises `UserError` if it is a file, or another process runs in it."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: is a file; an experiment needs a folder, choose another with --out")
+        self._lock = FolderLock(self.path)
+
+    def begin(self, experiment_yaml: str) -> None:
+        """Makes room: the former run goes to `earlier/`.
+
+        The settings of this one stand in `logs/settings.yaml`; where the folder had no `experiment.yaml`, they become
+        it.
+        """
         if any((self.path / name).exists() for name in LEFT_BY_A_RUN):
             earlier = self.path / "earlier" / self._name_of_former_run()
             earlier.mkdir(parents=True)
             for name in LEFT_BY_A_RUN:
                 if (self.path / name).exists():
                     (self.path / name).replace(earlier / name)
+        write_text(self.settings_file, experiment_yaml)
         if not self.experiment_file.exists():
             write_text(self.experiment_file, experiment_yaml)
 
+    def release(self) -> None:
+        """Lets the folder go."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
     def add_epoch(self, record: EpochRecord) -> None:
         """Appends one epoch and rewrites the history atomically."""
-        for name in EPOCH_FIGURES:
-            value = getattr(record, name)
+        for name, value in record.figures().items():
             # JSON has no NaN; null keeps the epoch in its place and every reader working
-            self._history.setdefault(name, []).append(
-                {"epoch": record.epoch, "value": value if math.isfinite(value) else None}
-            )
+            point = {"epoch": record.epoch, "value": finite(value)}
+            self._history.setdefault(name, []).append(point)
         write_json(self.history_file, self._history)
 
     @property
@@ -131,48 +149,39 @@ class RunFolder:
         return self._history
 
     def write_run(self, **fields: Any) -> None:
-        """Rewrites `run.json`."""
-        write_json(self.run_file, fields)
+        """Rewrites `run.json`; numbers that are not finite become null."""
+        write_json(self.run_file, finite(fields))
 
     def _name_of_former_run(self) -> str:
         """The run's id, or a number where it left none; never one that is taken."""
         taken = {path.name for path in (self.path / "earlier").glob("*")}
-        run_id = read_run(self.path).get("run_id") if self.run_file.exists() else None
+        try:
+            run_id = read_run(self.path).get("run_id")
+        except UserError:  # none, or damaged: the run is kept all the same
+            run_id = None
         name = run_id if isinstance(run_id, str) and run_id.isalnum() else "run"
         candidates = (name if number == 0 else f"{name}-{number}" for number in range(len(taken) + 1))
         return next(candidate for candidate in candidates if candidate not in taken)
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """The `run.json` of an experiment folder.
+def finite(value: Any) -> Any:
+    """The value with every number in it that is not finite replaced by None, as JSON wants it.
 
-    Raises:
-        UserError: there is none, or it is damaged.
+    >>> finite({"loss": float("nan"), "epochs": [1, float("inf")]})
+    {'loss': None, 'epochs': [1, None]}
     """
-    path = folder / "run.json"
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {folder} holds no run") from None
-    except (OSError, ValueError):
-        raise UserError(f"{path}: is damaged; expected the JSON that a run leaves") from None
-    if not isinstance(run, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(run).__name__}")
-    return run
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The `run.json` of an experiment folder. Raises `UserError` if there is none, or it is damaged."""
+    return read_json(folder / "run.json", missing=f"{folder} holds no run")
 
 
 def read_history(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """The metrics history of an experiment folder.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
-    path = folder / "logs" / "metrics_history.json"
-    try:
-        history = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {folder} holds no run") from None
-    except (OSError, ValueError):
-        raise UserError(f"{path}: is damaged; expected the JSON that a run leaves") from None
-    assert isinstance(history, dict)
-    return history
+    """The metrics history of an experiment folder. Raises `UserError` if there is none, or it is damaged."""
+    return read_json(folder / "logs" / "metrics_history.json", missing=f"{folder} holds no run")

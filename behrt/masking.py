@@ -28,6 +28,8 @@ class Stream(IntEnum):
     VALIDATION_MASKS = 4
     TRAINING_SAMPLE = 5
     TRAINING_SAMPLE_MASKS = 6
+    ADAPTERS = 7
+    DROPOUT = 8
 
 
 def stream(seed: int, purpose: Stream, *place: int) -> np.random.Generator:
@@ -37,6 +39,11 @@ def stream(seed: int, purpose: Stream, *place: int) -> np.random.Generator:
     True
     """
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, int(purpose), *place])))
+
+
+def torch_seed(seed: int, purpose: Stream, *place: int) -> int:
+    """The same as a seed for torch's generators."""
+    return int(stream(seed, purpose, *place).integers(1 << 63))
 
 
 def mask_tokens(

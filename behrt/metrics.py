@@ -80,18 +80,6 @@ def closed_gap(loss: float, unigram_loss: float, floor_loss: float) -> float:
     return (unigram_loss - loss) / gap if gap > 0 else math.nan
 
 
-def perplexity(loss: float) -> float:
-    """Number of equally likely codes that a loss in nats amounts to.
-
-    >>> round(perplexity(math.log(50)))
-    50
-    """
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
-
-
 def wilson_interval(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
     """Confidence interval of an accuracy (Wilson, 1927); 95% with the default `z`.
 

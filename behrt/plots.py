@@ -53,7 +53,7 @@ def _draw(
         if point["value"] is not None
     ]
     with sns.axes_style("whitegrid"), plt.rc_context({"figure.dpi": 120}):
-        figure = Figure(figsize=(7, 4.2), layout="constrained")  # not pyplot's: no global state, no open window
+        figure = Figure(figsize=(8.4, 4.2), layout="constrained")  # not pyplot's: no global state, no open window
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         if rows:
@@ -69,7 +69,7 @@ def _draw(
             axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(title=None, frameon=True)
+            axes.legend(title=None, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))  # covers no curve
         with replacing_file(path) as beside:
             figure.savefig(beside, format="png")
     return path

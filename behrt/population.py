@@ -5,8 +5,8 @@ of the disease, a Markov chain that starts at the first visit. The codes of a vi
 replacement, from a distribution that depends on profile and stage only:
 
     emission = 12% background (every code, Zipf-like, the same for everyone)
-             + 10% incidental codes of the profile, whatever the stage
-             + 78% codes of the profile's two conditions, mostly of the kind that the stage calls for
+             +  5% incidental codes of the profile, whatever the stage
+             + 83% codes of the profile's two conditions, mostly of the kind that the stage calls for
                (diagnoses at onset, drugs under treatment, measurements when monitored, complications)
 
 The model is fixed: it does not depend on a cohort's seed, so that two cohorts of different seeds are different patients
@@ -29,7 +29,7 @@ MODEL_SEED = 20_190_404
 """Seed of what is drawn once for all cohorts: filler codes, background order, incidental codes, transitions."""
 
 BACKGROUND_SHARE = 0.12
-INCIDENTAL_SHARE = 0.10
+INCIDENTAL_SHARE = 0.05
 LEADING_SHARE = 0.68
 """Of the codes of a profile's conditions, the share of the leading condition."""
 INCIDENTAL_CODES = 12
@@ -39,7 +39,7 @@ BACKGROUND_EXPONENT = 0.6
 """A code's background share falls with its rank to this power: flat enough that each code reaches several patients."""
 
 KIND_GIVEN_STAGE = np.array(  # [stages, kinds]; the kinds are diagnoses, drugs, measurements, complications
-    [[0.70, 0.13, 0.14, 0.03], [0.10, 0.70, 0.15, 0.05], [0.05, 0.19, 0.71, 0.05], [0.05, 0.13, 0.12, 0.70]]
+    [[0.66, 0.15, 0.15, 0.04], [0.12, 0.66, 0.16, 0.06], [0.06, 0.21, 0.67, 0.06], [0.06, 0.14, 0.14, 0.66]]
 )
 FIRST_STAGE = np.array([0.70, 0.18, 0.10, 0.02])  # [stages]
 NEXT_STAGE = np.array(  # [stages, stages], the mean over profiles

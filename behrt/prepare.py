@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from behrt.cleaning import EVENT_FATES, NOTES, SUBJECT_FATES, clean_events
 from behrt.coding import ValueSample, append_bins
+from behrt.cohort import COHORT_FILES
 from behrt.config import UserError
 from behrt.events import SPLITS, EventSource, fingerprint, is_in_order, split_by_hash
 from behrt.files import replacing_folder, write_json
@@ -44,9 +45,6 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage, the steps done and all steps of that stage."""
-
-COHORT_FILES = ("cohort.json", "cohort.safetensors")
-"""A simulated cohort's own description, under `metadata/` of the source; the floor is computed from it."""
 
 
 def prepare(
@@ -249,7 +247,7 @@ def _split_counts(totals: Mapping[str, int], lengths: list[npt.NDArray[np.int64]
 
 
 def _copy_cohort(root: Path, folder: Path) -> None:
-    """Takes a simulated cohort's description along."""
+    """Takes a simulated cohort's description along; its floor is computed from it."""
     found = [root / "metadata" / name for name in COHORT_FILES]
     if all(path.is_file() for path in found):
         for path in found:

@@ -6,11 +6,11 @@ model and what of it is trained, then the loop of the trainer, each epoch handed
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,20 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from behrt.batches import EvaluationSet, PackedBatch, TrainingBatches
+from behrt.batches import PackedBatch, TrainingBatches
 from behrt.checkpoints import Base, Transplant, make_base, save_checkpoint
 from behrt.config import ExperimentSettings, UserError, experiment_yaml
 from behrt.devices import choose_device, choose_precision
-from behrt.history import EPOCH_FIGURES, Baselines, EpochRecord, RunFolder
+from behrt.history import Baselines, EpochRecord, RunFolder, finite
+from behrt.masking import Stream, torch_seed
 from behrt.metrics import closed_gap
 from behrt.model import BEHRTForMaskedLM
 from behrt.parameters import ParameterCounts, apply_lora_to_behrt, count_parameters, set_trainable
 from behrt.plots import draw_curves
 from behrt.records import Records, open_records, select_records
-from behrt.runs import load_pretrained, name_base
+from behrt.runs import load_base, name_base
 from behrt.sequences import open_prepared
-from behrt.tracking import RunStatus, TrackedRun, tracking_uri
+from behrt.tracking import RunStatus, TrackedRun, shown_uri
 from behrt.trainer import LossSums, Trainer
 
 EVALUATED_AT_ONCE = 128
@@ -41,9 +42,6 @@ SECONDS_BETWEEN_PLOTS = 30.0
 
 class Listener:
     """What a person sees of a run while it goes on; here: nothing. The command line prints."""
-
-    def note(self, message: str) -> None:
-        """A stage that takes a while has begun."""
 
     def preparing(self, stage: str, done: int, total: int) -> None:
         """Progress of preparing a simulated cohort."""
@@ -65,7 +63,6 @@ class RunStart:
     experiment: str
     folder: Path
     run_id: str
-    mlflow_experiment_id: str
     settings: ExperimentSettings
     device: str
     precision: str
@@ -81,15 +78,17 @@ class RunStart:
 
 @dataclass(kw_only=True)
 class RunResult:
-    """What came of a run."""
+    """What came of a run; `model` has the weights of the best epoch when it is finished."""
 
     start: RunStart
+    model: BEHRTForMaskedLM
     status: RunStatus = "FAILED"
     best: EpochRecord | None = None
     last: EpochRecord | None = None
     stopped_early: bool = False
     seconds: float = 0.0
-    tracking_uri: str = field(default_factory=tracking_uri)
+    tracking_uri: str = field(default_factory=shown_uri)
+    tracking_complete: bool = True
 
     @property
     def closed_gap(self) -> float | None:
@@ -100,38 +99,36 @@ class RunResult:
         return closed_gap(self.best.val_loss, baselines.unigram_loss, baselines.floor_loss)
 
     def as_dict(self) -> dict[str, Any]:
-        """The form of `run.json` and of `behrt train --json`; figures that are not finite are null."""
-
-        def figures(record: EpochRecord | None) -> dict[str, float | None] | None:
-            if record is None:
-                return None
-            values = {name: getattr(record, name) for name in EPOCH_FIGURES}
-            return {name: value if math.isfinite(value) else None for name, value in values.items()}
-
-        start = self.start
-        return {
-            "run_id": start.run_id,
-            "experiment": start.experiment,
-            "tracking_uri": self.tracking_uri,
-            "status": self.status,
-            "verdict": None,
-            "best_epoch": self.best.epoch if self.best else None,
-            "best_val_loss": self.best.val_loss if self.best else None,
-            "best_val_accuracy": self.best.val_accuracy if self.best else None,
-            "closed_gap": self.closed_gap,
-            "epochs": self.last.epoch if self.last else 0,
-            "last": figures(self.last),
-            "stopped_early": self.stopped_early,
-            "seconds": round(self.seconds, 3),
-            "baselines": start.baselines.figures(),
-            "parameters": dict(start.counts),
-            "device": start.device,
-            "precision": start.precision,
-            "max_position": start.max_position,
-            "vocab_size": start.vocab_size,
-            "patients": start.patients,
-            "settings": start.settings.model_dump(mode="json", exclude={"note"}),
-        }
+        """The form of `run.json` and of `behrt train --json`; figures that are not finite are None."""
+        start, best, last = self.start, self.best, self.last
+        values: dict[str, Any] = finite(
+            {
+                "run_id": start.run_id,
+                "experiment": start.experiment,
+                "tracking_uri": self.tracking_uri,
+                "tracking_complete": self.tracking_complete,
+                "status": self.status,
+                "verdict": None,
+                "best_epoch": best.epoch if best else None,
+                "best_val_loss": best.val_loss if best else None,
+                "best_val_accuracy": best.val_accuracy if best else None,
+                "closed_gap": self.closed_gap,
+                "epochs": last.epoch if last else 0,
+                "last": last.figures() if last else None,
+                "stopped_early": self.stopped_early,
+                "seconds": round(self.seconds, 3),
+                "baselines": start.baselines.figures(),
+                "parameters": dict(start.counts),
+                "device": start.device,
+                "precision": start.precision,
+                "max_position": start.max_position,
+                "vocab_size": start.vocab_size,
+                "patients": start.patients,
+                "transplant": asdict(start.transplant) if start.transplant else None,
+                "settings": start.settings.model_dump(mode="json", exclude={"note"}),
+            }
+        )
+        return values
 
 
 def masked_lm_loss(model: nn.Module, batch: PackedBatch) -> LossSums:
@@ -165,7 +162,7 @@ def build_model(settings: ExperimentSettings, records: Records) -> tuple[BEHRTFo
         )
     config = settings.model.config(vocab_size=vocab_size, max_position=records.max_position)
     base = name_base(settings.training.seed, adaptation.init_from)
-    model, transplanted = make_base(config, vocabulary, base, load_base=load_pretrained)
+    model, transplanted = make_base(config, vocabulary, base, load_base=load_base)
     choose_trained(model, settings)
     return model, base, transplanted
 
@@ -185,7 +182,8 @@ def choose_trained(model: BEHRTForMaskedLM, settings: ExperimentSettings) -> Non
         freeze_base=adaptation.freeze_base,
         train_embeddings=adaptation.train_embeddings,
         train_head=adaptation.train_head,
-        generator=torch.Generator().manual_seed(settings.training.seed),
+        # not the seed itself: that is the base's, and the adapters would repeat its draws
+        generator=torch.Generator().manual_seed(torch_seed(settings.training.seed, Stream.ADAPTERS)),
     )
 
 
@@ -208,7 +206,8 @@ def pretrain(
         The result; `status` is FAILED where the loss stopped being finite.
 
     Raises:
-        UserError: settings and records that do not go together; nothing was written then.
+        UserError: settings and records that do not go together, a folder that is in use, a store that cannot be
+            opened; the folder is then as it was.
         KeyboardInterrupt: passed on after the run was marked KILLED.
     """
     listener = listener or Listener()
@@ -217,10 +216,6 @@ def pretrain(
     precision = choose_precision(settings.training.precision, device)
     records = select_records(open_records(settings.data, progress=listener.preparing), settings)
     model, base, transplanted = build_model(settings, records)
-    counts = count_parameters(model)
-    if not counts["trainable"]:
-        raise UserError("--train-embeddings, --train-head: nothing is left to train; unfreeze a part or use --use-lora")
-    baselines = records.baselines(model.config.vocab_size)
     steps = TrainingBatches(
         records.training,
         records.training_patients,
@@ -231,97 +226,120 @@ def pretrain(
         vocab_size=len(records.data.vocabulary),
         seed=settings.training.seed,
     )
-    precision_name = str(precision).removeprefix("torch.").replace("bfloat16", "bf16").replace("float32", "fp32")
+    baselines = records.baselines(model.config.vocab_size)
     run_folder = RunFolder(folder)
-    tracked = TrackedRun(
-        experiment=experiment,
-        params={
-            **settings.flat(),
-            "resolved.max_position": records.max_position,
-            "resolved.vocab_size": model.config.vocab_size,
-            "resolved.precision": precision_name,
-        },
-        tags={
-            "device": device.type,
-            "dataset": records.data.name,
-            "size": settings.model.model_size,
-            "adaptation": adaptation_name(settings),
-        },
-    )
-    start = RunStart(
-        experiment=experiment,
-        folder=folder,
-        run_id=tracked.run_id,
-        mlflow_experiment_id=tracked.experiment_id,
-        settings=settings,
-        device=device.type,
-        precision=precision_name,
-        max_position=records.max_position,
-        vocab_size=model.config.vocab_size,
-        patients={
-            "train": len(records.training_patients),
-            "tuning": len(records.validation.sequences),
-        },
-        steps_per_epoch=steps.steps_per_epoch,
-        baselines=baselines,
-        counts=counts,
-        transplant=transplanted,
-        truncated_share=records.truncated_share,
-    )
-    result = RunResult(start=start)
-    with _ending(result, run_folder, tracked, started):
-        run_folder.begin(experiment_yaml(settings))
-        run_folder.write_run(**{**result.as_dict(), "status": "RUNNING"})
-        tracked.log_dataset(name=records.data.name, digest=records.data.digest[:36], context="training")
-        tracked.log_figures(
-            {
-                "total_parameters": counts["total"],
-                "trainable_parameters": counts["trainable"],
-                "trainable_percent": counts["trainable_percent"],
-                "lora_parameters": counts["lora"],
-                "lora_percent": counts["lora_percent"],
-                **baselines.figures(),
-            }
+    run_folder.claim()
+    try:
+        tracked = TrackedRun(
+            experiment=experiment,
+            params=settings.flat(),
+            tags={
+                "device": device.type,
+                "dataset": records.data.name,
+                "size": settings.model.model_size,
+                "adaptation": adaptation_name(settings),
+            },
         )
-        listener.started(start)
-        # dropout draws from torch's own generator; everything else has generators of its own
-        torch.manual_seed(settings.training.seed)
+        try:
+            run_folder.begin(experiment_yaml(settings))
+        except BaseException:
+            tracked.finish("FAILED")
+            raise
+        start = RunStart(
+            experiment=experiment,
+            folder=folder,
+            run_id=tracked.run_id,
+            settings=settings,
+            device=device.type,
+            precision="bf16" if precision is torch.bfloat16 else "fp32",
+            max_position=records.max_position,
+            vocab_size=model.config.vocab_size,
+            patients={"train": len(records.training_patients), "tuning": len(records.validation.sequences)},
+            steps_per_epoch=steps.steps_per_epoch,
+            baselines=baselines,
+            counts=count_parameters(model),
+            transplant=transplanted,
+            truncated_share=records.truncated_share,
+        )
         trainer = Trainer(
             model.to(device),
             masked_lm_loss,
             steps=steps,
-            train_evaluation=lambda: _evaluation_batches(records.train_evaluation, records.row_length),
-            validation=lambda: _evaluation_batches(records.validation, records.row_length),
+            train_evaluation=records.train_evaluation.packed(EVALUATED_AT_ONCE, records.row_length),
+            validation=records.validation.packed(EVALUATED_AT_ONCE, records.row_length),
             settings=settings.training,
             device=device,
             precision=precision,
             on_step=listener.step,
         )
-        last_plot = time.perf_counter()
-        for record in trainer.epochs():
-            result.last = record
-            run_folder.add_epoch(record)
-            tracked.log_figures({name: getattr(record, name) for name in EPOCH_FIGURES}, step=record.epoch)
-            kept = ["last"]
-            if record.is_best:
-                result.best = record
-                kept.append("best")
-            for name in kept:
-                save_checkpoint(
-                    run_folder.checkpoints / name,
-                    model,
-                    vocabulary=records.data.vocabulary,
-                    epoch=record.epoch,
-                    base=base,
-                )
-            if time.perf_counter() - last_plot > SECONDS_BETWEEN_PLOTS:
-                draw_curves(run_folder.history, baselines, run_folder.plots, title=experiment)
-                last_plot = time.perf_counter()
-            listener.epoch(record)
-        trainer.restore_best()
-        result.stopped_early = trainer.stopping.should_stop
-        result.status = "FINISHED" if result.last is not None and result.last.is_finite else "FAILED"
+        keep = partial(save_checkpoint, model=model, vocabulary=records.data.vocabulary, base=base)
+        result = RunResult(start=start, model=model)
+        with _ending(result, run_folder, tracked, started):
+            _log_start(start, tracked, records)
+            listener.started(start)
+            try:
+                _train(trainer, result, run_folder, tracked, keep, listener)
+            except KeyboardInterrupt:
+                keep(run_folder.checkpoints / "last", epoch=result.last.epoch if result.last else 0)
+                raise
+    finally:
+        run_folder.release()
     return result
+
+
+def _log_start(start: RunStart, tracked: TrackedRun, records: Records) -> None:
+    """What MLflow is told once per run."""
+    tracked.log_params(
+        {
+            "resolved.max_position": start.max_position,
+            "resolved.vocab_size": start.vocab_size,
+            "resolved.precision": start.precision,
+        }
+    )
+    tracked.log_dataset(name=records.data.name, digest=records.data.digest[:36], context="training")
+    counts = start.counts
+    tracked.log_figures(
+        {
+            "total_parameters": counts["total"],
+            "trainable_parameters": counts["trainable"],
+            "trainable_percent": counts["trainable_percent"],
+            "lora_parameters": counts["lora"],
+            "lora_percent": counts["lora_percent"],
+            **start.baselines.figures(),
+        }
+    )
+    if start.transplant is not None:
+        tracked.log_figures(asdict(start.transplant))
+
+
+def _train(
+    trainer: Trainer[PackedBatch],
+    result: RunResult,
+    run_folder: RunFolder,
+    tracked: TrackedRun,
+    keep: Callable[..., None],
+    listener: Listener,
+) -> None:
+    """The epochs: each is kept on disk first, then sent to MLflow, then shown."""
+    start = result.start
+    last_plot = time.perf_counter()
+    run_folder.write_run(**{**result.as_dict(), "status": "RUNNING"})
+    for record in trainer.epochs():
+        result.last = record
+        run_folder.add_epoch(record)
+        keep(run_folder.checkpoints / "last", epoch=record.epoch)
+        if record.is_best:
+            result.best = record
+            keep(run_folder.checkpoints / "best", epoch=record.epoch)
+        run_folder.write_run(**{**result.as_dict(), "status": "RUNNING"})
+        tracked.log_figures(record.figures(), step=record.epoch)
+        listener.epoch(record)
+        if time.perf_counter() - last_plot > SECONDS_BETWEEN_PLOTS:
+            draw_curves(run_folder.history, start.baselines, run_folder.plots, title=start.experiment)
+            last_plot = time.perf_counter()
+    trainer.restore_best()
+    result.stopped_early = trainer.stopping.should_stop
+    result.status = "FINISHED" if result.last is not None and result.last.is_finite else "FAILED"
 
 
 @contextmanager
@@ -334,23 +352,20 @@ def _ending(result: RunResult, run_folder: RunFolder, tracked: TrackedRun, start
         raise
     finally:
         result.seconds = time.perf_counter() - started
-        run_folder.write_run(**result.as_dict())
-        draw_curves(run_folder.history, result.start.baselines, run_folder.plots, title=result.start.experiment)
-        if result.best is not None:
-            tracked.log_figures({"best_val_loss": result.best.val_loss, "best_epoch": result.best.epoch})
-        for path, under in (
-            (run_folder.checkpoints, "checkpoints"),
-            (run_folder.plots, "plots"),
-            (run_folder.history_file, "logs"),
-        ):
-            if path.exists():
-                tracked.log_artifacts(path, under=under)
-        tracked.log_text(experiment_yaml(result.start.settings), "experiment.yaml")
-        tracked.finish(result.status)
-
-
-def _evaluation_batches(evaluation: EvaluationSet, row_length: int) -> Iterator[PackedBatch]:
-    return evaluation.batches(patients_per_batch=EVALUATED_AT_ONCE, row_length=row_length)
+        try:
+            draw_curves(run_folder.history, result.start.baselines, run_folder.plots, title=result.start.experiment)
+            if result.best is not None:
+                tracked.log_figures({"best_val_loss": result.best.val_loss, "best_epoch": result.best.epoch})
+            for path in (run_folder.checkpoints, run_folder.plots):
+                if path.exists():
+                    tracked.log_artifacts(path, under=path.name)
+            if run_folder.history_file.exists():
+                tracked.log_artifacts(run_folder.history_file, under="logs")
+            tracked.log_text(experiment_yaml(result.start.settings), "experiment.yaml")
+        finally:
+            tracked.finish(result.status)
+            result.tracking_complete = tracked.is_complete
+            run_folder.write_run(**result.as_dict())
 
 
 def count_configured(settings: ExperimentSettings) -> ParameterCounts:

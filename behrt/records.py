@@ -6,14 +6,13 @@ and the lines that losses are read against, on exactly the masks that validation
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from behrt.batches import EvaluationSet, gather
+from behrt.batches import MaskedSequences, cut, evaluation_set, gather
 from behrt.cohort import load_cohort, simulate
 from behrt.config import MAX_AUTO_POSITION, DataSettings, ExperimentSettings, UserError
 from behrt.files import locked
@@ -21,7 +20,7 @@ from behrt.floor import exact_floor
 from behrt.history import Baselines
 from behrt.masking import Stream, stream
 from behrt.metrics import chance_loss, unigram, unigram_loss_and_accuracy
-from behrt.prepare import prepare
+from behrt.prepare import Progress, prepare
 from behrt.prepare_options import PrepareOptions
 from behrt.sequences import PreparedData, PreparedSplit, open_prepared
 
@@ -30,9 +29,6 @@ FIXED_SEED = 0
 
 SHORTEST_ROW = 128
 """Rows of short sequences are made this long, so that several patients share one."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with the stage, how much is done, and of how much."""
 
 
 def open_records(settings: DataSettings, *, progress: Progress | None = None) -> PreparedData:
@@ -78,8 +74,8 @@ class Records:
     training: PreparedSplit
     training_patients: npt.NDArray[np.int64]
     max_position: int
-    train_evaluation: EvaluationSet
-    validation: EvaluationSet
+    train_evaluation: MaskedSequences
+    validation: MaskedSequences
 
     @property
     def row_length(self) -> int:
@@ -91,14 +87,13 @@ class Records:
         lengths = self.training.lengths[self.training_patients].astype(np.int64)
         return float(np.maximum(lengths - self.max_position, 0).sum() / lengths.sum())
 
-    def baselines(self, vocab_size: int) -> Baselines:
+    def baselines(self, model_vocab_size: int) -> Baselines:
         """Chance, unigram and (simulated cohorts) floor, on the very masks that validation uses."""
-        ordinary = len(self.data.vocabulary)
-        train = gather(self.training, self.training_patients, max_position=self.max_position)
+        train, _ = cut(gather(self.training, self.training_patients), self.max_position)
         unigram_loss, unigram_accuracy = unigram_loss_and_accuracy(
-            unigram(train.codes, ordinary), self.validation.labels
+            unigram(train.codes, len(self.data.vocabulary)), self.validation.labels
         )
-        chance = chance_loss(vocab_size)
+        chance = chance_loss(model_vocab_size)
         if not self._floor_is_known():
             return Baselines(chance, unigram_loss, unigram_accuracy)
         floor = exact_floor(
@@ -143,7 +138,7 @@ def select_records(data: PreparedData, settings: ExperimentSettings) -> Records:
     if len(tuning) < len(patients):
         sample = np.sort(stream(FIXED_SEED, Stream.TRAINING_SAMPLE).permutation(patients)[: len(tuning)])
     sets = [
-        EvaluationSet.draw(
+        evaluation_set(
             split,
             chosen,
             max_position=max_position,
@@ -156,5 +151,5 @@ def select_records(data: PreparedData, settings: ExperimentSettings) -> Records:
         )
     ]
     if not all(evaluation.scored.any() for evaluation in sets):
-        raise UserError(f"{data.folder}: too few tokens to score any; prepare more patients")
+        raise UserError(f"{data.folder}: too few tokens to score any; prepare more patients, or raise --max-patients")
     return Records(data, training, patients, max_position, *sets)

@@ -19,14 +19,45 @@ def locate_run(target: str | Path) -> Path:
     path = Path(target)
     if path.is_dir():
         return path
-    run_id = str(target)
-    if len(run_id) != 32 or not set(run_id) <= set("0123456789abcdef"):
+    if not is_run_id(str(target)):
         raise UserError(f"{target}: no such folder, and not an MLflow run id (32 hexadecimal digits)")
+    return find_local_run(str(target)) or download_checkpoints(str(target))
+
+
+def is_run_id(target: str) -> bool:
+    """Whether it has the form of an MLflow run id; nothing else is ever looked up or made into a path."""
+    return len(target) == 32 and set(target) <= set("0123456789abcdef")
+
+
+def find_local_run(run_id: str) -> Path | None:
+    """The experiment folder below `experiments/` that holds the run, now or as an earlier one."""
     experiments = Path("experiments")
     for run_file in [*experiments.glob("*/run.json"), *experiments.glob("*/earlier/*/run.json")]:
-        if read_run(run_file.parent).get("run_id") == run_id:
+        if run_id_of(run_file.parent) == run_id:
             return run_file.parent
-    return download_checkpoints(run_id)
+    return None
+
+
+def run_id_of(folder: Path) -> str | None:
+    """The MLflow run id of an experiment folder; None where it holds no run, or one that cannot be read."""
+    try:
+        run_id = read_run(folder).get("run_id")
+    except UserError:
+        return None
+    return run_id if isinstance(run_id, str) else None
+
+
+def checkpoint_folder(target: str | Path, checkpoint: str = "best") -> Path:
+    """The folder of a checkpoint: the one named, or that checkpoint of the run that is named.
+
+    Raises:
+        UserError: no such run, or no such checkpoint.
+    """
+    folder = locate_run(target)
+    for candidate in (folder, folder / checkpoint, folder / "checkpoints" / checkpoint):
+        if (candidate / "checkpoint.json").exists():
+            return candidate
+    raise UserError(f"{target}: holds no checkpoint; expected {folder / 'checkpoints' / checkpoint}")
 
 
 def load_run(target: str | Path, *, checkpoint: str = "best") -> Checkpoint:
@@ -39,32 +70,32 @@ def load_run(target: str | Path, *, checkpoint: str = "best") -> Checkpoint:
     Raises:
         UserError: no such run, no such checkpoint, or a damaged one.
     """
-    folder = locate_run(target)
-    for candidate in (folder, folder / checkpoint, folder / "checkpoints" / checkpoint):
-        if (candidate / "checkpoint.json").exists():
-            return load_checkpoint(candidate, load_base=load_pretrained)
-    raise UserError(f"{target}: holds no checkpoint; expected {folder / 'checkpoints' / checkpoint}")
+    return load_checkpoint(checkpoint_folder(target, checkpoint), load_base=load_base_again)
 
 
-def load_pretrained(base: Base) -> Checkpoint:
-    """The pre-trained run that a base names: by its run id where it is known, else as it was named."""
+def load_base_again(base: Base) -> Checkpoint:
+    """The pre-trained run that a saved model started from: by its run id where that is known here, else as named."""
     assert base.init_from is not None
-    if base.init_from_run is not None:
-        try:
-            return load_run(base.init_from_run)
-        except UserError:
-            pass  # not in this store; the name it was given may still lead there
-    return load_run(base.init_from)
+    folder = find_local_run(base.init_from_run) if base.init_from_run else None
+    if folder is None and base.init_from_run and not Path(base.init_from).is_dir():
+        folder = download_checkpoints(base.init_from_run)
+    return load_run(folder or base.init_from, checkpoint=base.init_from_checkpoint)
 
 
 def name_base(seed: int, init_from: str | None) -> Base:
-    """Where a new run starts; a run is remembered by its id beside the name it was given."""
+    """Where a new run starts; a run is remembered by its id and checkpoint beside the name it was given."""
     if init_from is None:
         return Base(seed=seed)
-    folder = locate_run(init_from)
-    run_id = None
-    for candidate in (folder, folder.parent, folder.parent.parent):
-        if (candidate / "run.json").exists():
-            run_id = read_run(candidate).get("run_id")
-            break
-    return Base(seed=seed, init_from=init_from, init_from_run=run_id)
+    folder = checkpoint_folder(init_from)
+    return Base(
+        seed=seed,
+        init_from=init_from,
+        init_from_run=init_from if is_run_id(init_from) else run_id_of(folder.parent.parent),
+        init_from_checkpoint=folder.name if folder.name in ("best", "last") else "best",
+    )
+
+
+def load_base(base: Base) -> Checkpoint:
+    """The pre-trained run that a new run starts from: exactly the folder or run that was named."""
+    assert base.init_from is not None
+    return load_run(base.init_from)

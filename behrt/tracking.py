@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from behrt.config import UserError
-from behrt.files import locked
+from behrt.files import locked, replacing_folder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,8 +30,14 @@ log = logging.getLogger(__name__)
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
-for _name in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
-    os.environ.setdefault(_name, "true")  # read by mlflow when it is imported
+# Read by MLflow when it is imported. With its own retries, a server that dies blocks one call for four minutes.
+for _name, _value in (
+    ("MLFLOW_DISABLE_TELEMETRY", "true"),
+    ("DO_NOT_TRACK", "true"),
+    ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"),
+    ("MLFLOW_HTTP_REQUEST_TIMEOUT", "10"),
+):
+    os.environ.setdefault(_name, _value)
 
 MAX_PARAM_LENGTH = 6000
 """Longest parameter value that every MLflow backend stores."""
@@ -39,9 +48,19 @@ def store_folder() -> Path:
     return Path.cwd() / "mlruns"
 
 
+def is_local() -> bool:
+    """Whether runs are tracked in `mlruns/`, and not where the environment says."""
+    return not os.environ.get("MLFLOW_TRACKING_URI")
+
+
 def tracking_uri() -> str:
     """Where runs are tracked."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store_folder() / 'mlflow.db'}"
+    return f"sqlite:///{store_folder() / 'mlflow.db'}" if is_local() else os.environ["MLFLOW_TRACKING_URI"]
+
+
+def shown_uri() -> str:
+    """The same for people and files: without a password."""
+    return re.sub(r"//[^/@]*@", "//", tracking_uri())
 
 
 def connect() -> MlflowClient:
@@ -54,25 +73,20 @@ def connect() -> MlflowClient:
         UserError: the store cannot be opened.
     """
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError  # MLflow lets those of a damaged database through
 
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)  # making the tables is nothing to report
-
     uri = tracking_uri()
     try:
-        if uri.startswith("sqlite:///"):
-            database = Path(uri.removeprefix("sqlite:///"))
-            with locked(database.with_name(f".{database.name}.lock")):
-                client = MlflowClient(tracking_uri=uri)
-                client.search_experiments(max_results=1)
-            return client
-        client = MlflowClient(tracking_uri=uri)
-        client.search_experiments(max_results=1)
-    except (MlflowException, SQLAlchemyError, OSError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(f"MLFLOW_TRACKING_URI: {uri}: the store cannot be opened: {reason}") from None
+        with ExitStack() as stack:
+            if uri.startswith("sqlite:///"):
+                database = Path(uri.removeprefix("sqlite:///"))
+                stack.enter_context(locked(database.with_name(f".{database.name}.lock")))
+            client = MlflowClient(tracking_uri=uri)
+            client.search_experiments(max_results=1)
+    except Exception as error:  # MLflow's own, SQLAlchemy's, the network's, the disk's
+        reason = " ".join(str(error).replace(uri, shown_uri()).split())[:200]
+        raise UserError(f"MLFLOW_TRACKING_URI: {shown_uri()}: the store cannot be opened: {reason}") from None
     return client
 
 
@@ -82,8 +96,7 @@ def experiment_id(client: MlflowClient, name: str) -> str:
 
     existing = client.get_experiment_by_name(name)
     if existing is None:
-        local = "MLFLOW_TRACKING_URI" not in os.environ
-        location = (store_folder() / "artifacts" / name).as_uri() if local else None
+        location = (store_folder() / "artifacts" / name).as_uri() if is_local() else None
         try:
             return str(client.create_experiment(name, artifact_location=location))
         except MlflowException:  # another process was faster
@@ -98,69 +111,103 @@ def experiment_id(client: MlflowClient, name: str) -> str:
 class TrackedRun:
     """One MLflow run, from its first parameter to its final status.
 
+    Once it exists, a store that fails does not end a training: the history on disk is complete. The first failure is
+    logged as a warning, and `is_complete` says afterwards whether everything arrived.
+
     Args:
         experiment: name of the folder under `experiments/`, and of the MLflow experiment.
         params: every setting, flattened with dots.
         tags: what the run is filtered by.
+
+    Raises:
+        UserError: the store cannot be opened, or the experiment was deleted there.
     """
 
     def __init__(self, *, experiment: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        from mlflow.entities import Param, RunTag
-
+        self.is_complete = True
         self._client = connect()
         self.experiment_id = experiment_id(self._client, experiment)
         run = self._client.create_run(self.experiment_id, tags=dict(tags))
         self.run_id: str = run.info.run_id
-        self._client.log_batch(
-            self.run_id,
-            params=[Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in params.items()],
-            tags=[RunTag("mlflow.source.name", "behrt train"), *_commit_tag(RunTag)],
-        )
+        self.log_params(params)
+        self.tag({"mlflow.source.name": "behrt train", **_commit_tag()})
+
+    @contextmanager
+    def _tolerated(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # MLflow's own, SQLAlchemy's, the network's, the disk's
+            if self.is_complete:
+                log.warning(
+                    "MLflow at %s failed (%s); the training goes on, its history on disk is complete",
+                    shown_uri(),
+                    " ".join(str(error).split())[:200],
+                )
+            self.is_complete = False
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Settings, which MLflow keeps as text."""
+        from mlflow.entities import Param
+
+        with self._tolerated():
+            entities = [Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in params.items()]
+            self._client.log_batch(self.run_id, params=entities)
 
     def log_figures(self, figures: Mapping[str, float], *, step: int = 0) -> None:
-        """Metrics of one step, in one request."""
+        """Metrics of one step, in one request; those that are not finite stay out, for MLflow makes 1.8e308 of them."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        self._client.log_batch(self.run_id, metrics=[Metric(key, value, now, step) for key, value in figures.items()])
+        entities = [Metric(key, value, now, step) for key, value in figures.items() if math.isfinite(value)]
+        with self._tolerated():
+            self._client.log_batch(self.run_id, metrics=entities)
 
     def log_dataset(self, *, name: str, digest: str, context: str) -> None:
         """The data set that the run used, by name and digest (at most 36 characters)."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        # the source is what made it: the place of the records on a disk is nobody's business
         dataset = Dataset(name, digest, source_type="code", source=json.dumps({"tags": {"made_by": "behrt prepare"}}))
-        self._client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+        with self._tolerated():
+            self._client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
 
     def log_artifacts(self, path: Path, *, under: str | None = None) -> None:
         """A file, or everything in a folder, below the artifact folder `under`."""
-        if path.is_dir():
-            self._client.log_artifacts(self.run_id, str(path), under)
-        else:
-            self._client.log_artifact(self.run_id, str(path), under)
+        with self._tolerated():
+            if path.is_dir():
+                self._client.log_artifacts(self.run_id, str(path), under)
+            else:
+                self._client.log_artifact(self.run_id, str(path), under)
 
     def log_text(self, text: str, name: str) -> None:
         """A small text file at the top of the artifacts."""
-        self._client.log_text(self.run_id, text, name)
+        with self._tolerated():
+            self._client.log_text(self.run_id, text, name)
 
     def tag(self, tags: Mapping[str, str]) -> None:
-        for key, value in tags.items():
-            self._client.set_tag(self.run_id, key, value)
+        """What the run is filtered by."""
+        from mlflow.entities import RunTag
+
+        with self._tolerated():
+            self._client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
     def finish(self, status: RunStatus) -> None:
-        self._client.set_terminated(self.run_id, status)
+        """The final status."""
+        with self._tolerated():
+            self._client.set_terminated(self.run_id, status)
 
 
-def _commit_tag(run_tag: type[Any]) -> list[Any]:
-    """The git commit of the code, where it runs from a checkout."""
-    here = Path(__file__).parent
+def _commit_tag() -> dict[str, str]:
+    """The git commit of the code, where it runs from its own checkout."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # installed, perhaps inside somebody else's checkout
+        return {}
     try:
         commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5, check=True
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=5, check=True
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return []
-    return [run_tag("mlflow.source.git.commit", commit)]
+        return {}
+    return {"mlflow.source.git.commit": commit}
 
 
 def download_checkpoints(run_id: str) -> Path:
@@ -169,27 +216,34 @@ def download_checkpoints(run_id: str) -> Path:
     Raises:
         UserError: the store has no such run, or the run has no checkpoints.
     """
-    from mlflow.exceptions import MlflowException
-
     client = connect()
     destination = store_folder() / "downloads" / run_id
-    destination.mkdir(parents=True, exist_ok=True)
     try:
-        client.download_artifacts(run_id, "checkpoints", str(destination))
-    except (MlflowException, OSError):
-        raise UserError(f"{run_id}: {tracking_uri()} has no such run, or the run has no checkpoints") from None
+        with replacing_folder(destination) as beside:
+            client.download_artifacts(run_id, "checkpoints", str(beside))
+    except Exception:  # whatever the store says, there is nothing to load
+        raise UserError(f"{run_id}: {shown_uri()} has no such run, or the run has no checkpoints") from None
     return destination
 
 
-def ui_address(port: int, experiment: str | None = None) -> str:
-    """The address of the list of runs, charts beside each other."""
+def ui_address(port: int) -> str:
+    """The address of the experiment of the latest run, its runs beside a chart of their curves."""
+    client = connect()
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    latest = client.search_runs(experiments, max_results=1, order_by=["attributes.start_time DESC"])
+    experiment = latest[0].info.experiment_id if latest else "0"
     charts = "compareRunsMode=CHART&workflowType=machine_learning"
-    return f"http://127.0.0.1:{port}/#/experiments/{experiment or 0}/runs?{charts}"
+    return f"http://127.0.0.1:{port}/#/experiments/{experiment}/runs?{charts}"
 
 
 def serve_ui(port: int) -> NoReturn:
-    """Becomes MLflow's own server over the local store, on this machine's loopback address."""
-    connect()
+    """Becomes MLflow's own server over the store, on this machine's loopback address.
+
+    Raises:
+        UserError: the store is behind a server already.
+    """
+    if tracking_uri().startswith("http"):
+        raise UserError(f"MLFLOW_TRACKING_URI: {shown_uri()} is a server already; open it in the browser")
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking_uri()]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     os.execve(sys.executable, command, {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Generic, NamedTuple, Protocol, Self, TypeVar
 
@@ -20,6 +20,7 @@ from torch import nn
 
 from behrt.config import TrainingSettings
 from behrt.history import EpochRecord
+from behrt.masking import Stream, torch_seed
 
 
 class Batch(Protocol):
@@ -134,7 +135,7 @@ class Trainer(Generic[B]):
         model: on `device` already, its trainability set.
         loss: the sums of one micro-batch; called under autocast where `precision` is bf16.
         steps: the training steps.
-        train_evaluation, validation: batches that are the same at every call.
+        train_evaluation, validation: what both are evaluated on, the same at every epoch.
         precision: dtype of the matrix products (`devices.choose_precision`).
         on_step: called with (step, steps_per_epoch) after each optimizer step.
     """
@@ -145,8 +146,8 @@ class Trainer(Generic[B]):
         loss: Callable[[nn.Module, B], LossSums],
         *,
         steps: StepSource[B],
-        train_evaluation: Callable[[], Iterable[B]],
-        validation: Callable[[], Iterable[B]],
+        train_evaluation: Sequence[B],
+        validation: Sequence[B],
         settings: TrainingSettings,
         device: torch.device,
         precision: torch.dtype = torch.float32,
@@ -211,6 +212,8 @@ class Trainer(Generic[B]):
         tokens = scored = 0
         self.model.train()
         for step, micro_batches in enumerate(self._steps.epoch(epoch)):
+            # dropout draws from torch's own generator, the only one that cannot be passed in
+            torch.manual_seed(torch_seed(self._settings.seed, Stream.DROPOUT, epoch, step))
             learning_rate = learning_rate_at(
                 (epoch - 1) * self._steps.steps_per_epoch + step, total_steps, self._settings
             )
@@ -222,8 +225,8 @@ class Trainer(Generic[B]):
             self._on_step(step + 1, self._steps.steps_per_epoch)
         running = loss.item() / max(1, scored)
         training_seconds = time.perf_counter() - started
-        train = self.evaluate(self._train_evaluation())
-        val = self.evaluate(self._validation())
+        train = self.evaluate(self._train_evaluation)
+        val = self.evaluate(self._validation)
         return EpochRecord(
             epoch=epoch,
             train_loss=train.loss,

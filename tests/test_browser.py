@@ -1,5 +1,6 @@
 """Can two runs be compared in MLflow's own pages, as a person would do it in a browser?"""
 
+import re
 import shutil
 import socket
 import subprocess
@@ -11,7 +12,6 @@ from urllib.request import urlopen
 
 import pytest
 from selenium import webdriver
-from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 from behrt.history import read_run
@@ -98,13 +98,11 @@ def test_the_compare_page_shows_the_val_loss_of_both_runs(
     assert "adaptation.use_lora" in text
 
 
-def test_the_address_that_behrt_ui_prints_lists_the_runs(
+def test_the_address_that_behrt_ui_prints_lists_the_latest_runs(
     workspace: Workspace, address: str, browser: webdriver.Chrome
 ) -> None:
-    from behrt.tracking import ui_address
-
-    port = int(address.rpartition(":")[2])
-    run = workspace.client().get_run(read_run(workspace.lora)["run_id"])
-    browser.get(ui_address(port, run.info.experiment_id))
+    printed = re.search(rf"Open ({re.escape(address)}/#/\S+)", (workspace.root / "ui.log").read_text())
+    assert printed is not None
+    run = workspace.client().get_run(read_run(workspace.full)["run_id"])  # the later of the two
+    browser.get(printed.group(1))
     WebDriverWait(browser, 90).until(lambda driver: run.info.run_name in visible_text(driver))
-    assert browser.find_elements(By.TAG_NAME, "button")

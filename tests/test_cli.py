@@ -126,9 +126,12 @@ def test_params_prints_a_table_for_people_on_stderr(capsys: pytest.CaptureFixtur
     [
         ("train --model-size huge", "'huge' is not one of 'small', 'medium', 'large'"),
         ("train --droput 0.1", "No such option '--droput'"),
-        ("train --lora-rank 0", "--lora-rank: input should be greater than or equal to 1 (found '0')"),
+        ("train --use-lora --lora-rank 0", "--lora-rank: input should be greater than or equal to 1 (found '0')"),
         ("train --use-lora --lora-rank 129 --num-patients 40", "--lora-rank"),
-        ("train --lora-targets query,vlaue", "--lora-targets: 'vlaue' names no linear layer; did you mean 'value'?"),
+        (
+            "train --use-lora --lora-targets query,vlaue",
+            "--lora-targets: 'vlaue' names no linear layer; did you mean 'value'?",
+        ),
         ("train --max-position many", "--max-position: expected a number or auto, found 'many'"),
         ("train --max-position 2", "--max-position: a sequence needs at least 3 positions"),
         ("train --data nowhere", "nowhere: no such folder"),
@@ -141,8 +144,12 @@ def test_params_prints_a_table_for_people_on_stderr(capsys: pytest.CaptureFixtur
         ("train --epochs 0", "--epochs: input should be greater than or equal to 1"),
         ("train --lr nan", "--lr: input should be a finite number"),
         ("train --device cuda --num-patients 40", "--device: cuda was asked for but is not available here"),
-        ("train --no-train-embeddings --no-train-head --use-lora --epochs x", "'x' is not a valid integer"),
-        ("train --num-patients 5", "--num-patients: input should be greater than or equal to 20"),
+        ("train --epochs x", "'x' is not a valid integer"),
+        ("train --accumulation-steps 64", "flags: accumulation_steps 64 is more than batch_size 32 patients"),
+        ("train --lora-rank 8", "--lora-rank: has no effect without --use-lora"),
+        ("train --no-freeze-base", "--freeze-base: has no effect without --use-lora"),
+        ("train --data nowhere --structure none", "--structure: is for simulated cohorts"),
+        ("train --num-patients 5", "--num-patients: input should be greater than or equal to 40"),
         ("prepare nowhere --out there", "nowhere: no such file or folder"),
         ("prepare . --out there --format fhir", "'fhir' is not one of 'meds', 'mimic4'"),
         ("prepare . --out there --split 80/10/20", "--split"),
@@ -162,6 +169,13 @@ def test_a_mistake_gets_one_line_exit_code_2_and_leaves_nothing(
         "mlruns",
     }  # the simulated cohort and an empty store stay
     assert left == set()
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with chdir(tmp_path):
+        assert "file: is a file" in fails(capsys, "train", "--num-patients", "40", "--out", "file")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_heads_that_do_not_divide_are_refused_in_a_file(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
@@ -195,6 +209,12 @@ def test_prepare_prints_its_report_and_json(capsys: pytest.CaptureFixture, prepa
     assert json.loads(captured.out) == json.loads((out / "dataset.json").read_text())
     assert "events read" in captured.err
     assert "already holds prepared records" in fails(capsys, "prepare", str(source), "--out", str(out))
+
+
+def test_behrt_alone_prints_its_help(capsys: pytest.CaptureFixture) -> None:
+    capsys.readouterr()
+    assert main([]) == 2
+    assert capsys.readouterr().err.startswith("Usage: behrt [OPTIONS] COMMAND [ARGS]...\n")
 
 
 @pytest.mark.parametrize("command", ["", "simulate", "prepare", "train", "params", "ui"])

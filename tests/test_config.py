@@ -59,7 +59,9 @@ def test_presets_are_the_guides_starting_points(name: str) -> None:
         ("training: {epochs: 0}", "e.yaml: training.epochs: input should be greater than or equal to 1 (found '0')"),
         ("training: {lr: fast}", "e.yaml: training.lr: input should be a valid number"),
         ("training: {lr: .nan}", "e.yaml: training.lr: input should be a finite number"),
-        ("training: 3", "e.yaml: training: "),
+        ("training: 3", "e.yaml: training: expected keys and values (found '3')"),
+        ("model: {max_position: ten}", "e.yaml: model.max_position: input should"),
+        ("adaptation: {lora_targets: [3]}", "e.yaml: adaptation.lora_targets: 3 names no linear layer"),
         ("adaptation: {lora_targets: [querry]}", "'querry' names no linear layer; did you mean 'query'?"),
         ("adaptation: {lora_rank: 0}", "adaptation.lora_rank: input should be greater than or equal to 1"),
         ("training: {batch_size: 4, accumulation_steps: 5}", "accumulation_steps 5 is more than batch_size 4"),
@@ -87,7 +89,18 @@ def test_a_missing_file_and_one_that_is_not_text_are_refused(tmp_path: Path) -> 
 
 def test_a_mistake_in_a_flag_names_the_flag() -> None:
     with pytest.raises(UserError, match=r"^--lora-rank: input should be greater than or equal to 1 \(found '0'\)$"):
-        load_experiment(flags={"lora_rank": 0})
+        load_experiment(flags={"use_lora": True, "lora_rank": 0})
+
+
+def test_an_empty_section_is_the_default(tmp_path: Path) -> None:
+    assert load_experiment(write(tmp_path / "e.yaml", "model:\ntraining:\n")) == ExperimentSettings()
+
+
+@pytest.mark.parametrize("flags", [{"lora_rank": 4}, {"freeze_base": True}, {"data": "d", "num_patients": 50}])
+def test_a_flag_that_would_change_nothing_is_refused(flags: dict) -> None:
+    with pytest.raises(UserError, match=r"has no effect|is for simulated cohorts"):
+        load_experiment(flags=flags)
+    assert load_experiment(preset="m1", flags={"lora_rank": 4}).adaptation.lora_rank == 4  # LoRA comes from the preset
 
 
 def test_heads_that_do_not_divide_the_hidden_size_are_refused() -> None:

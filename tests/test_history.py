@@ -70,8 +70,26 @@ def test_damaged_and_missing_files_are_refused_by_name(tmp_path: Path) -> None:
         read_run(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
-        RunFolder(tmp_path / "file").begin("")
+        RunFolder(tmp_path / "file").claim()
+
+
+def test_a_damaged_former_run_is_kept_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{")
+    RunFolder(tmp_path).begin("")
+    assert (tmp_path / "earlier" / "run" / "run.json").read_text() == "{"
+
+
+def test_two_runs_cannot_write_to_one_folder_at_once(tmp_path: Path) -> None:
+    first = RunFolder(tmp_path)
+    first.claim()
+    with pytest.raises(UserError, match="another run is writing there"):
+        RunFolder(tmp_path).claim()
+    first.release()
+    second = RunFolder(tmp_path)
+    second.claim()
+    second.release()
 
 
 def test_only_known_baselines_are_figures() -> None:
+    assert "floor_loss" not in Baselines(6.9, 6.1, 0.04, floor_loss=math.nan).figures()
     assert Baselines(6.9, 6.1, 0.04).figures() == {"chance_loss": 6.9, "unigram_loss": 6.1, "unigram_accuracy": 0.04}

@@ -11,7 +11,6 @@ from scipy.stats import binomtest
 from behrt.metrics import (
     chance_loss,
     closed_gap,
-    perplexity,
     unigram,
     unigram_loss_and_accuracy,
     wilson_interval,
@@ -63,11 +62,6 @@ def test_the_closed_gap_runs_from_counting_to_the_floor(loss, share):
 def test_without_a_gap_nothing_can_be_closed():
     assert math.isnan(closed_gap(6.9, unigram_loss=6.9, floor_loss=6.9))
     assert math.isnan(closed_gap(6.9, unigram_loss=6.9, floor_loss=math.nan))
-
-
-def test_perplexity_counts_equally_likely_codes_and_survives_a_diverged_loss():
-    assert perplexity(math.log(995)) == pytest.approx(995)
-    assert perplexity(1e6) == math.inf
 
 
 @pytest.mark.parametrize(("hits", "total"), [(0, 10), (1, 3000), (750, 3000), (10, 10)])

@@ -7,7 +7,6 @@ import sys
 from contextlib import chdir
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -16,12 +15,14 @@ from safetensors.torch import load_file
 
 from behrt.cli import main
 from behrt.config import load_experiment
+from behrt.console import TerminalListener
 from behrt.history import EPOCH_FIGURES, read_history, read_run
+from behrt.lora import adapted_layers
 from behrt.model import BEHRTForMaskedLM
 from behrt.parameters import count_parameters
 from behrt.pretrain import build_model, masked_lm_loss
 from behrt.records import open_records, select_records
-from behrt.runs import load_run
+from behrt.runs import load_base, load_base_again, load_run, name_base
 from behrt.trainer import Evaluation
 
 from .conftest import Workspace
@@ -38,7 +39,7 @@ def evaluate(model: torch.nn.Module, workspace: Workspace) -> Evaluation:
     records = select_records(open_records(settings.data), settings)
     loss = hits = scored = 0.0
     with torch.inference_mode():
-        for batch in records.validation.batches(patients_per_batch=9, row_length=records.row_length):
+        for batch in records.validation.packed(9, records.row_length):
             sums = masked_lm_loss(model.eval(), batch)
             loss, hits, scored = loss + sums.loss.item(), hits + sums.correct.item(), scored + batch.num_scored
     return Evaluation(loss / scored, hits / scored)
@@ -111,12 +112,18 @@ def test_a_lora_checkpoint_holds_what_was_trained_and_nothing_frozen(workspace: 
 
 def test_a_run_comes_back_from_its_mlflow_id_alone(workspace: Workspace) -> None:
     run_id = read_run(workspace.lora)["run_id"]
+    by_folder = load_run(workspace.lora).model.state_dict()
+    away = workspace.root / "away"
     with chdir(workspace.root):
-        by_folder, by_id = load_run(workspace.lora).model, load_run(run_id).model
-    assert all(
-        torch.equal(left, right)
-        for left, right in zip(by_folder.state_dict().values(), by_id.state_dict().values(), strict=True)
-    )
+        local = load_run(run_id).model.state_dict()
+        (workspace.root / "experiments").rename(away)  # the disk with the history is gone
+        try:
+            from_mlflow = load_run(run_id).model.state_dict()
+        finally:
+            away.rename(workspace.root / "experiments")
+    for found in (local, from_mlflow):
+        assert found.keys() == by_folder.keys()
+        assert all(torch.equal(found[name], by_folder[name]) for name in found)
 
 
 def test_the_effective_settings_train_the_same_run_again(workspace: Workspace, tmp_path: Path) -> None:
@@ -129,12 +136,26 @@ def test_the_effective_settings_train_the_same_run_again(workspace: Workspace, t
         assert histories[0][name] == histories[1][name]
 
 
-def test_validation_masks_are_the_same_for_every_seed_and_training_sample(workspace: Workspace) -> None:
-    shown = []
-    for flags in ({"seed": 0}, {"seed": 9}, {"max_patients": 50, "max_position": 94}):
-        settings = load_experiment(flags={"data": str(workspace.prepared), "max_position": 94, **flags})
-        shown.append(select_records(open_records(settings.data), settings).validation.shown)
-    assert all(np.array_equal(shown[0], other) for other in shown[1:])
+def masks_of_last_tokens(workspace: Workspace, **flags: object) -> list[list[int]]:
+    """What is shown of the last 15 tokens of each validation patient, which every cut keeps."""
+    settings = load_experiment(flags={"data": str(workspace.prepared), **flags})
+    validation = select_records(open_records(settings.data), settings).validation
+    return [validation.shown[stop - 15 : stop].tolist() for stop in validation.sequences.offsets[1:]]
+
+
+def test_validation_masks_are_the_same_for_every_seed_size_and_training_sample(workspace: Workspace) -> None:
+    expected = masks_of_last_tokens(workspace)
+    flags = ({"seed": 9}, {"max_patients": 20}, {"max_position": 30}, {"model_size": "large"})
+    assert all(masks_of_last_tokens(workspace, **other) == expected for other in flags)
+
+
+def test_the_adapters_do_not_repeat_the_draws_of_the_base(workspace: Workspace) -> None:
+    settings = load_experiment(flags={"data": str(workspace.prepared), "use_lora": True})
+    records = select_records(open_records(settings.data), settings)
+    model, _, _ = build_model(settings, records)
+    adapter = next(iter(adapted_layers(model).values())).lora.A.flatten()
+    table = model.behrt.embeddings.codes.weight.flatten()[: len(adapter)]
+    assert torch.corrcoef(torch.stack([adapter, table]))[0, 1].abs() < 0.1
 
 
 def test_fewer_patients_are_a_part_of_the_training_patients(workspace: Workspace) -> None:
@@ -148,7 +169,8 @@ def test_a_pretrained_base_gives_its_losses_before_any_training(workspace: Works
     for folder in (workspace.full, workspace.lora):
         settings = load_experiment(flags={"data": str(workspace.prepared), "init_from": str(folder)})
         records = select_records(open_records(settings.data), settings)
-        model, base, given = build_model(settings, records)
+        with chdir(workspace.root):
+            model, base, given = build_model(settings, records)
         assert evaluate(model, workspace).loss == pytest.approx(read_run(folder)["best_val_loss"], rel=1e-4)
         assert base.init_from_run == read_run(folder)["run_id"]
         assert given is not None
@@ -197,8 +219,6 @@ def test_a_diverging_run_fails_with_exit_code_4_and_the_remedy(
 def test_an_interrupted_run_is_marked_killed_and_keeps_its_epochs(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from behrt.console import TerminalListener
-
     def interrupt(self: TerminalListener, record: object) -> None:
         if record.epoch == 2:
             raise KeyboardInterrupt
@@ -212,6 +232,41 @@ def test_an_interrupted_run_is_marked_killed_and_keeps_its_epochs(
         assert client.get_run(run["run_id"]).info.status == "KILLED"
         assert len(read_history(Path("stopped"))["val_loss"]) == 2
         load_run("stopped", checkpoint="last")
+
+
+def test_a_tiny_cohort_whose_floor_is_not_known_everywhere_still_trains(tmp_path: Path) -> None:
+    with chdir(tmp_path):
+        assert main(["train", "--structure", "none", "--num-patients", "60", "--epochs", "1", "--out", "tiny"]) == 0
+        assert read_run(Path("tiny"))["status"] == "FINISHED"
+
+
+def test_a_store_that_fails_in_mid_run_costs_neither_the_run_nor_its_history(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: MlflowClient, *arguments: object, **named: object) -> None:
+        raise OSError("the server is gone")
+
+    def break_the_store(self: TerminalListener, start: object) -> None:
+        monkeypatch.setattr(MlflowClient, "log_batch", fail)
+
+    monkeypatch.setattr(TerminalListener, "started", break_the_store)
+    monkeypatch.setattr(TerminalListener, "epoch", lambda self, record: None)
+    with chdir(tmp_path):
+        flags = ["--epochs", "2", "--max-patients", "40", "--out", "alone"]
+        assert main(["train", "--data", str(workspace.prepared), *flags]) == 0
+        run = read_run(Path("alone"))
+        assert len(read_history(Path("alone"))["val_loss"]) == 2
+        load_run("alone")
+    assert (run["status"], run["tracking_complete"]) == ("FINISHED", False)
+    assert [record.message for record in caplog.records if "MLflow" in record.message] != []
+
+
+def test_the_last_checkpoint_of_a_run_can_be_started_from(workspace: Workspace) -> None:
+    folder = workspace.full / "checkpoints" / "last"
+    base = name_base(0, str(folder))
+    assert (base.init_from_run, base.init_from_checkpoint) == (read_run(workspace.full)["run_id"], "last")
+    with chdir(workspace.root):
+        assert load_base(base).epoch == load_base_again(base).epoch == 3
 
 
 def test_sigterm_ends_a_run_as_killed_with_exit_code_143(workspace: Workspace, tmp_path: Path) -> None:

@@ -62,8 +62,8 @@ def trainer(
         model,
         squared_error,
         steps=Steps(steps),
-        train_evaluation=lambda: [points(5, 1)],
-        validation=lambda: [validation or points(7, 2)],
+        train_evaluation=[points(5, 1)],
+        validation=[validation or points(7, 2)],
         settings=TrainingSettings(**{"epochs": 3, "lr": 0.01, "weight_decay": 0.0, "warmup_fraction": 0, **settings}),
         device=torch.device("cpu"),
     )
@@ -109,6 +109,16 @@ def test_evaluation_happens_without_dropout_and_leaves_the_mode() -> None:
     loop = trainer(model, [[points(4, 0)]])
     assert loop.evaluate([points(50, 1)]) == loop.evaluate([points(50, 1)])
     assert model.training
+
+
+def test_dropout_is_the_same_at_the_same_step_whatever_was_drawn_before() -> None:
+    losses = []
+    for draws_before in (0, 5):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 50), nn.Dropout(0.5), nn.Linear(50, 1))
+        torch.rand(draws_before)
+        losses.append([record.train_loss for record in trainer(model, [[points(8, 0)]] * 2).epochs()])
+    assert losses[0] == losses[1]
 
 
 def test_only_what_is_trainable_changes() -> None:
