@@ -14,6 +14,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 
 train: $(VENV)/.installed
 	$(BIN)/behrt train experiments/quickstart/experiment.yaml
+	@echo 'To compare runs in MLflow: $(BIN)/behrt ui'
 
 test: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -24,12 +24,8 @@ from behrt.config import (
     EXPERIMENT_NAME,
     PRESETS,
     SECTION_OF,
+    SECTIONS,
     SIZES,
-    AdaptationSettings,
-    DataSettings,
-    ModelSettings,
-    Section,
-    TrainingSettings,
     UserError,
     load_experiment,
 )
@@ -45,23 +41,14 @@ EXIT_TERMINATED = 143
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-SETTINGS_CLASSES: dict[str, type[Section]] = {
-    "model": ModelSettings,
-    "adaptation": AdaptationSettings,
-    "data": DataSettings,
-    "training": TrainingSettings,
-}
-
 
 def setting(name: str, help: str, *, type: Any = str, negatable: bool = False) -> Callable[[Command], Command]:
     """The option of one setting: None where it was not given, so that files and defaults show through."""
-    default = SETTINGS_CLASSES[SECTION_OF[name]].model_fields[name].default
+    default = SECTIONS[SECTION_OF[name]].model_fields[name].default
     if isinstance(default, tuple):
         default = ",".join(default)
-    if default is not None and not (default is False or isinstance(default, bool)):
-        help = f"{help}  [default: {default}]"
-    elif default is True:
-        help = f"{help}  [default: yes]"
+    if default is not None and default is not False:
+        help = f"{help}  [default: {'yes' if default is True else default}]"
     flag = "--" + name.replace("_", "-")
     declaration = f"{flag}/{flag.replace('--', '--no-', 1)}" if negatable else flag
     return click.option(declaration, name, default=None, type=None if negatable else type, help=help)

@@ -293,16 +293,13 @@ class ExperimentSettings(Section):
         return {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
 
 
-SECTION_OF: dict[str, str] = {
-    name: section
-    for section, cls in (
-        ("model", ModelSettings),
-        ("adaptation", AdaptationSettings),
-        ("data", DataSettings),
-        ("training", TrainingSettings),
-    )
-    for name in cls.model_fields
+SECTIONS: dict[str, type[Section]] = {
+    "model": ModelSettings,
+    "adaptation": AdaptationSettings,
+    "data": DataSettings,
+    "training": TrainingSettings,
 }
+SECTION_OF: dict[str, str] = {name: section for section, cls in SECTIONS.items() for name in cls.model_fields}
 """The section of each setting; names are unique over sections, so that a flag needs no prefix."""
 
 

@@ -33,7 +33,7 @@ SINGLE_RUNS = ("full_training", "random_codes")
 ADAPTATIONS = {"full": {"use_lora": False}, "lora": {"use_lora": True, "lora_rank": 16}}
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 SEEDS = (0, 1, 2)
-COMMON = {"model_size": "small", "dropout": 0.0, "batch_size": 32, "epochs": 12, "early_stopping_patience": 0}
+COMMON = {"model_size": "small", "dropout": 0.0, "batch_size": 32, "epochs": 10, "early_stopping_patience": 0}
 
 
 def load_results() -> dict[str, Any]:
