@@ -242,6 +242,7 @@ def train(
     **flags: Any,
 ) -> None:
     """Pre-train one model. Flags go over the file, the file over the preset, the preset over the defaults."""
+    experiment_file = in_folder(experiment_file)
     settings = load_experiment(experiment_file, preset=preset, flags=given(flags))
     name, folder = place_of_run(settings, experiment_file, experiment, out)
 
@@ -273,6 +274,7 @@ def train(
 @json_option
 def params(experiment_file: Path | None, preset: str | None, as_json: bool, **flags: Any) -> None:
     """Count the parameters of a configuration, without training. The vocabulary defaults to 1000 tokens."""
+    experiment_file = in_folder(experiment_file)
     settings = load_experiment(experiment_file, preset=preset, flags=given(flags))
 
     from behrt.pretrain import count_configured
@@ -318,6 +320,13 @@ def given(flags: dict[str, Any]) -> dict[str, Any]:
         except ValueError:
             raise UserError(f"--max-position: expected a number or auto, found {kept['max_position']!r}") from None
     return kept
+
+
+def in_folder(experiment_file: Path | None) -> Path | None:
+    """The experiment file itself, also where its folder is named."""
+    if experiment_file is not None and experiment_file.is_dir():
+        return experiment_file / "experiment.yaml"
+    return experiment_file
 
 
 def place_of_run(

@@ -175,7 +175,9 @@ def result_lines(result: RunResult) -> list[str]:
             f"accuracy {result.best.val_accuracy:.4f}, in {result.seconds:.0f} s",
             f"  {baseline_summary(start)}",
         ]
-        if result.closed_gap is not None:
+        if result.best.val_loss >= start.baselines.unigram_loss:
+            lines.append("  not below the unigram loss yet: counting codes does as well")
+        elif result.closed_gap is not None:
             lines.append(f"  {result.closed_gap:.1%} of the gap between unigram and floor is closed")
     lines += [
         f"  {parameter_summary(start.counts)}",

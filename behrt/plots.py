@@ -31,7 +31,9 @@ def draw_curves(history: History, baselines: Baselines, folder: Path, *, title: 
     loss_lines = {"chance": baselines.chance_loss, "unigram": baselines.unigram_loss, "floor": baselines.floor_loss}
     accuracy_lines = {"unigram": baselines.unigram_accuracy, "floor": baselines.floor_accuracy}
     return [
-        _draw(history, "loss", loss_lines, folder / "loss_curve.png", title=title, label="loss (nats per masked code)"),
+        _draw(
+            history, "loss", loss_lines, folder / "loss_curve.png", title=title, label="loss (nats per scored token)"
+        ),
         _draw(history, "accuracy", accuracy_lines, folder / "accuracy_curve.png", title=title, label="accuracy"),
     ]
 

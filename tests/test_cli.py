@@ -107,6 +107,15 @@ def test_params_has_the_keys_of_count_parameters(capsys: pytest.CaptureFixture) 
     assert counts(capsys) == expected
 
 
+def test_an_experiment_can_be_named_by_its_folder(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "experiment.yaml").write_text("model: {model_size: medium}\n")
+    with chdir(tmp_path):
+        assert counts(capsys, "mine") == counts(capsys, "--model-size", "medium")
+        (tmp_path / "empty").mkdir()
+        assert "empty/experiment.yaml: no such experiment file" in fails(capsys, "train", "empty")
+
+
 def test_params_reads_the_vocabulary_of_prepared_records(capsys: pytest.CaptureFixture, prepared: Path) -> None:
     found = counts(capsys, "--data", str(prepared))
     assert found["embeddings"] < counts(capsys)["embeddings"]

@@ -269,6 +269,17 @@ def test_the_last_checkpoint_of_a_run_can_be_started_from(workspace: Workspace) 
         assert load_base(base).epoch == load_base_again(base).epoch == 3
 
 
+def test_bf16_trains_to_about_the_loss_of_fp32(workspace: Workspace, tmp_path: Path) -> None:
+    losses = []
+    with chdir(tmp_path):
+        for precision in ("fp32", "bf16"):
+            flags = ["--epochs", "1", "--lr", "3e-3", "--precision", precision, "--out", precision]
+            assert main(["train", "--data", str(workspace.prepared), *flags]) == 0
+            losses.append(read_run(Path(precision))["best_val_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=0.005)
+    assert losses[0] != losses[1]
+
+
 def test_sigterm_ends_a_run_as_killed_with_exit_code_143(workspace: Workspace, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "behrt", "train", "--data", str(workspace.prepared), "--epochs", "500"]
     process = subprocess.Popen([*command, "--out", "stopped"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
