@@ -9,7 +9,6 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from test_mimic import TABLES, write_tables
 
 from behrt.config import UserError
 from behrt.events import SPLITS
@@ -18,6 +17,7 @@ from behrt.prepare_options import PrepareOptions
 from behrt.sequences import open_prepared
 
 from .small_records import BIRTH, day, events, plain_events, write_meds
+from .test_mimic import TABLES, write_tables
 
 
 def refused(source: Path, match: str, out: Path | None = None, **options) -> None:
