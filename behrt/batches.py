@@ -195,6 +195,11 @@ class MaskedSequences:
         """Original ids of the scored tokens, int32 `[scored]`."""
         return self.sequences.codes[self.scored]
 
+    def equals(self, other: MaskedSequences) -> bool:
+        """Whether the same tokens are shown, and scored, of the same sequences."""
+        pairs = ((self.sequences.codes, other.sequences.codes), (self.shown, other.shown), (self.scored, other.scored))
+        return all(np.array_equal(mine, theirs) for mine, theirs in pairs)
+
     def batch(self, first: int, stop: int, *, row_length: int) -> PackedBatch:
         """The patients `first:stop` in packed rows."""
         offsets = self.sequences.offsets[first : stop + 1]

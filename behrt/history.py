@@ -41,6 +41,13 @@ class Baselines:
         unigram_loss, unigram_accuracy: of the training frequencies, on the validation masks.
         floor_loss, floor_accuracy: of the best possible prediction on the validation masks; None on real records.
         floor_masked_loss: the floor where `[MASK]` is shown, the other fifth of the scored tokens left out.
+        copying_loss: of the best predictor that knows the training frequencies and the corruption, and nothing else; a
+            model that is not below it has learned nothing of what stands together.
+        unigram_masked_loss: of the training frequencies where `[MASK]` is shown.
+        cooccurrence_masked_loss: of counting what stands together (`cooccurrence.py`), where `[MASK]` is shown.
+        cooccurrence_gain, cooccurrence_gain_low, cooccurrence_gain_high: what that counting gains on the frequencies
+            at `[MASK]`, and its 95% limits; with few validation patients over training patients as well, and then not
+            the difference of the two losses.
     """
 
     chance_loss: float
@@ -49,6 +56,12 @@ class Baselines:
     floor_loss: float | None = None
     floor_accuracy: float | None = None
     floor_masked_loss: float | None = None
+    copying_loss: float | None = None
+    unigram_masked_loss: float | None = None
+    cooccurrence_masked_loss: float | None = None
+    cooccurrence_gain: float | None = None
+    cooccurrence_gain_low: float | None = None
+    cooccurrence_gain_high: float | None = None
 
     def figures(self) -> dict[str, float]:
         """The known ones by name; a mean over no tokens is not known."""
@@ -104,6 +117,7 @@ class RunFolder:
         self.run_file = path / "run.json"
         self.experiment_file = path / "experiment.yaml"
         self.settings_file = path / "logs" / "settings.yaml"
+        self.diagnosis_files = (path / "diagnosis.json", path / "diagnosis.md")
         self._history: dict[str, list[dict[str, Any]]] = {}
         self._lock: FolderLock | None = None
 
@@ -151,6 +165,11 @@ class RunFolder:
     def write_run(self, **fields: Any) -> None:
         """Rewrites `run.json`; numbers that are not finite become null."""
         write_json(self.run_file, finite(fields))
+
+    def write_diagnosis(self, diagnosis: Mapping[str, Any], markdown: str) -> None:
+        """Rewrites `diagnosis.json` and `diagnosis.md`."""
+        write_json(self.diagnosis_files[0], diagnosis)
+        write_text(self.diagnosis_files[1], markdown)
 
     def _name_of_former_run(self) -> str:
         """The run's id, or a number where it left none; never one that is taken."""

@@ -2,7 +2,7 @@
 
 Pure functions. Losses are in nats per scored token, accuracies shares from 0 to 1. Three lines on the same scale: what
 guessing reaches (`chance_loss`), what counting codes reaches (`unigram`), what the best model reaches (`floor.py`);
-`closed_gap` places a model between the last two.
+`closed_gap` places a model between the last two. `copying_loss` is what counting reaches that knows the corruption.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from behrt.vocabulary import FIRST_CODE
+from behrt.config import SHOWN_AS_MASK, SHOWN_AS_RANDOM
+from behrt.vocabulary import FIRST_CODE, MASK
 
 
 def chance_loss(vocab_size: int) -> float:
@@ -66,6 +67,44 @@ def unigram_loss_and_accuracy(log_probabilities: NDArray[np.float64], labels: ND
     assert (labels >= FIRST_CODE).all(), "a special token is scored"
     accuracy = float((labels == log_probabilities.argmax()).mean())
     return -float(log_probabilities[labels].mean()), accuracy
+
+
+def copying_loss(log_probabilities: NDArray[np.float64], labels: NDArray[np.int32], shown: NDArray[np.int32]) -> float:
+    """Loss of the best predictor that knows only the frequencies p and the corruption; who learns more is below it.
+
+    Where a code y is shown at a scored position, the truth x is y more often than p says, because a selected code is
+    shown as itself with share s and as one of the R ordinary codes with share r / R each:
+
+        q(x)  =  p(x) (s · 1[x = y] + r / R)  /  (s · p(y) + r / R)
+
+    At `[MASK]` it is p. A model that copies is therefore below the unigram loss even on random codes.
+
+    Args:
+        log_probabilities: float64 [vocab_size], of `unigram`.
+        labels: int32 ids of the scored tokens, ordinary codes.
+        shown: int32, as long: ids that are shown in their place, `[MASK]` or ordinary codes.
+
+    Returns:
+        NaN where nothing is scored.
+
+    >>> uniform = unigram(np.array([], dtype=np.int32), 9)
+    >>> at_mask, as_itself = np.array([4], dtype=np.int32), np.array([5], dtype=np.int32)
+    >>> [round(math.exp(-copying_loss(uniform, as_itself, shown)), 6) for shown in (at_mask, as_itself)]
+    [0.25, 0.625]
+    """
+    if not labels.size:
+        return math.nan
+    assert labels.shape == shown.shape
+    assert (labels >= FIRST_CODE).all(), "a special token is scored"
+    assert ((shown == MASK) | (shown >= FIRST_CODE)).all(), "a scored token is shown as a special one"
+    as_itself = 1 - SHOWN_AS_MASK - SHOWN_AS_RANDOM
+    as_each = SHOWN_AS_RANDOM / (len(log_probabilities) - FIRST_CODE)
+    copied = shown != MASK
+    y = shown[copied]
+    log_q = log_probabilities[labels]
+    log_q[copied] += np.log(as_itself * (labels[copied] == y) + as_each)
+    log_q[copied] -= np.log(as_itself * np.exp(log_probabilities[y]) + as_each)
+    return -float(log_q.mean())
 
 
 def closed_gap(loss: float, unigram_loss: float, floor_loss: float) -> float:

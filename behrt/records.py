@@ -15,11 +15,12 @@ import numpy.typing as npt
 from behrt.batches import MaskedSequences, cut, evaluation_set, gather
 from behrt.cohort import load_cohort, simulate
 from behrt.config import MAX_AUTO_POSITION, DataSettings, ExperimentSettings, UserError
+from behrt.cooccurrence import measure_cooccurrence
 from behrt.files import locked
-from behrt.floor import exact_floor
+from behrt.floor import Floor, exact_floor
 from behrt.history import Baselines
 from behrt.masking import Stream, stream
-from behrt.metrics import chance_loss, unigram, unigram_loss_and_accuracy
+from behrt.metrics import chance_loss, copying_loss, unigram, unigram_loss_and_accuracy
 from behrt.prepare import Progress, prepare
 from behrt.prepare_options import PrepareOptions
 from behrt.sequences import PreparedData, PreparedSplit, open_prepared
@@ -88,15 +89,37 @@ class Records:
         return float(np.maximum(lengths - self.max_position, 0).sum() / lengths.sum())
 
     def baselines(self, model_vocab_size: int) -> Baselines:
-        """Chance, unigram and (simulated cohorts) floor, on the very masks that validation uses."""
+        """Chance, counting, and (simulated cohorts) floor, on the very masks that validation uses.
+
+        Takes seconds: what stands together is counted over the training patients of the run.
+        """
+        vocab_size = len(self.data.vocabulary)
         train, _ = cut(gather(self.training, self.training_patients), self.max_position)
-        unigram_loss, unigram_accuracy = unigram_loss_and_accuracy(
-            unigram(train.codes, len(self.data.vocabulary)), self.validation.labels
+        frequencies = unigram(train.codes, vocab_size)
+        labels, shown = self.validation.labels, self.validation.shown[self.validation.scored]
+        unigram_loss, unigram_accuracy = unigram_loss_and_accuracy(frequencies, labels)
+        found = measure_cooccurrence(train, self.validation, vocab_size)
+        floor = self._floor()
+        return Baselines(
+            chance_loss=chance_loss(model_vocab_size),
+            unigram_loss=unigram_loss,
+            unigram_accuracy=unigram_accuracy,
+            floor_loss=floor.loss if floor else None,
+            floor_accuracy=floor.accuracy if floor else None,
+            floor_masked_loss=floor.masked_loss if floor else None,
+            copying_loss=copying_loss(frequencies, labels, shown),
+            unigram_masked_loss=found.unigram_masked_loss,
+            cooccurrence_masked_loss=found.masked_loss,
+            cooccurrence_gain=found.gain,
+            cooccurrence_gain_low=found.low,
+            cooccurrence_gain_high=found.high,
         )
-        chance = chance_loss(model_vocab_size)
+
+    def _floor(self) -> Floor | None:
+        """The best possible prediction on the validation masks; None where it is not known."""
         if not self._floor_is_known():
-            return Baselines(chance, unigram_loss, unigram_accuracy)
-        floor = exact_floor(
+            return None
+        return exact_floor(
             load_cohort(self.data.folder),
             self.data.vocabulary.tokens,
             codes=self.validation.sequences.codes,
@@ -105,7 +128,6 @@ class Records:
             visits=self.validation.sequences.visits,
             offsets=self.validation.sequences.offsets,
         )
-        return Baselines(chance, unigram_loss, unigram_accuracy, floor.loss, floor.accuracy, floor.masked_loss)
 
     def _floor_is_known(self) -> bool:
         """A simulated cohort's codes must have come through preparation as they are, [UNK] apart."""
@@ -137,19 +159,28 @@ def select_records(data: PreparedData, settings: ExperimentSettings) -> Records:
     sample = patients
     if len(tuning) < len(patients):
         sample = np.sort(stream(FIXED_SEED, Stream.TRAINING_SAMPLE).permutation(patients)[: len(tuning)])
-    sets = [
+    sets = (
         evaluation_set(
-            split,
-            chosen,
+            training,
+            sample,
             max_position=max_position,
             vocab_size=len(data.vocabulary),
-            generator=stream(FIXED_SEED, purpose),
-        )
-        for split, chosen, purpose in (
-            (training, sample, Stream.TRAINING_SAMPLE_MASKS),
-            (tuning, np.arange(len(tuning)), Stream.VALIDATION_MASKS),
-        )
-    ]
+            generator=stream(FIXED_SEED, Stream.TRAINING_SAMPLE_MASKS),
+        ),
+        draw_validation(data, max_position),
+    )
     if not all(evaluation.scored.any() for evaluation in sets):
         raise UserError(f"{data.folder}: too few tokens to score any; prepare more patients, or raise --max-patients")
     return Records(data, training, patients, max_position, *sets)
+
+
+def draw_validation(data: PreparedData, max_position: int) -> MaskedSequences:
+    """All tuning patients under the validation masks: the same whenever, and by whatever run, they are drawn."""
+    tuning = data.split("tuning")
+    return evaluation_set(
+        tuning,
+        np.arange(len(tuning)),
+        max_position=max_position,
+        vocab_size=len(data.vocabulary),
+        generator=stream(FIXED_SEED, Stream.VALIDATION_MASKS),
+    )
