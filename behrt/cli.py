@@ -1,8 +1,8 @@
 """How does a person run behrt? Commands are parsed, a recipe is called, and what a person reads is printed.
 
 Nothing heavy is imported before a command needs it. What people read goes to stderr; stdout carries only the one JSON
-object of `--json`. Exit codes: 0 done, 2 the user's mistake (one line), 4 the run was lost, 130 and 143 stopped by a
-signal.
+object of `--json`. Exit codes: 0 done, 2 the user's mistake (one line), 3 refused by the pre-flight, 4 the run was
+lost, 130 and 143 stopped by a signal.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ from behrt.prepare_options import PrepareOptions
 
 if TYPE_CHECKING:
     from behrt.config import ExperimentSettings
+    from behrt.doctor.rule import Finding
 
 EXIT_MISTAKE = 2
+EXIT_REFUSED = 3
 EXIT_LOST = 4
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
@@ -100,6 +102,11 @@ training_options = options(
     setting("gradient_clip", "Largest norm of the gradient.", type=float),
     setting("early_stopping_patience", "Epochs without a better val_loss before stopping; 0 is never.", type=int),
     setting("early_stopping_min_delta", "How much lower counts as better.", type=float),
+    setting(
+        "stop_on",
+        "End a run in progress on findings of the doctor this severe.",
+        type=click.Choice(["error", "warning", "never"]),
+    ),
     setting("seed", "Seed of weights, order, masks and dropout.", type=int),
     setting("device", "Where to compute.", type=click.Choice(["auto", "cpu", "cuda", "mps"])),
     setting(
@@ -136,6 +143,7 @@ def cli(debug: bool) -> None:
     A first run:     behrt train --epochs 5
     Your records:    behrt prepare SOURCE --format meds --out data/mine
                      behrt train --data data/mine
+    What went wrong: behrt doctor experiments/NAME
     All runs:        behrt ui
     """
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -232,12 +240,14 @@ def prepare(source: Path, out: Path, overwrite: bool, as_json: bool, **flags: An
 @training_options
 @click.option("--experiment", default=None, help="Name of the folder under experiments/ and in MLflow.")
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="Another folder than experiments/NAME.")
+@click.option("--force", is_flag=True, help="Train even if the pre-flight finds that the run cannot learn.")
 @json_option
 def train(
     experiment_file: Path | None,
     preset: str | None,
     experiment: str | None,
     out: Path | None,
+    force: bool,
     as_json: bool,
     **flags: Any,
 ) -> None:
@@ -252,17 +262,17 @@ def train(
     console = stderr_console()
     listener = TerminalListener(console)
     try:
-        result = pretrain(settings, experiment=name, folder=folder, listener=listener)
+        result = pretrain(settings, experiment=name, folder=folder, listener=listener, force=force)
     finally:
         listener.stop()
     console.print("\n".join(result_lines(result)), markup=False)
     if as_json:
         click.echo(json.dumps(result.as_dict()))
+    if result.refused:
+        raise RefusedRun(f"refused: {reasons(result.diagnosis.of_severity('error'))}; --force trains all the same")
     if result.status == "FAILED":
-        raise LostRun(
-            f"the loss is no longer finite after epoch {result.last.epoch if result.last else 0}: the learning rate is "
-            f"too high; try --lr {settings.training.lr / 10:g}"
-        )
+        lost_to = [result.lost_to] if result.lost_to else result.diagnosis.of_severity("error")
+        raise LostRun(f"lost after epoch {result.last.epoch if result.last else 0}: {reasons(lost_to)}")
 
 
 @cli.command()
@@ -291,6 +301,85 @@ def params(experiment_file: Path | None, preset: str | None, as_json: bool, **fl
 
 
 @cli.command()
+@click.argument("target", required=False)
+@click.option("--map", "columns", multiple=True, metavar="NAME=COLUMN", help="A figure under another name.")
+@click.option("--list", "as_list", is_flag=True, help="List all rules.")
+@click.option("--explain", "rule", metavar="RULE", help="Say when a rule fires, why, and what helps.")
+@model_options
+@adaptation_options
+@data_options
+@training_options
+@click.option("--total-parameters", type=click.IntRange(min=1), help="Parameters of the model.")
+@click.option("--trainable-parameters", type=click.IntRange(min=0), help="How many of them are trained.")
+@click.option("--val-patients", type=click.IntRange(min=0), help="Patients in the validation set.")
+@json_option
+def doctor(
+    target: str | None, columns: tuple[str, ...], as_list: bool, rule: str | None, as_json: bool, **flags: Any
+) -> None:
+    """Say what went wrong in a run, and which flag helps.
+
+    TARGET is an experiment folder, an MLflow run id, a metrics_history.json, a table of epochs (CSV or JSON, of any
+    tool), a training log, or - for the standard input. Settings that the record does not hold can be given as flags.
+    """
+    if as_list or rule:
+        from behrt.doctor.explain import explain, rule_named, rule_rows
+
+        click.echo(explain(rule_named(rule)) if rule else "\n".join(rule_rows()))
+        return
+    if target is None:
+        raise UserError("behrt doctor: TARGET is missing; name a run's folder, its MLflow id or a file with its epochs")
+
+    from behrt.console import diagnosis_table, stderr_console
+    from behrt.doctor.diagnosis import diagnose
+    from behrt.doctor.facts import with_flags
+    from behrt.doctor.targets import read_target
+
+    facts = with_flags(read_target(target, columns=pairs(columns, "--map")), given(flags))
+    diagnosis = diagnose(facts)
+    if as_json:
+        click.echo(json.dumps(diagnosis.as_dict()))
+        return
+    stderr_console().print(diagnosis_table(diagnosis))
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, metavar="RUN RUN ...")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("comparison.png"),
+    show_default=True,
+    help="Figure to draw (PNG); one that is there is replaced.",
+)
+@json_option
+def compare(runs: tuple[str, ...], out: Path, as_json: bool) -> None:
+    """Say how runs differ, in settings and in results, and draw their curves together.
+
+    RUN is whatever `behrt doctor` takes: an experiment folder, an MLflow run id, a file with the figures of each epoch.
+    """
+    if out.suffix.lower() != ".png" or out.is_dir():
+        raise UserError(f"--out: expected a file that ends in .png, found {str(out)!r}")
+
+    from behrt.comparison import compare_targets
+    from behrt.plots import draw_comparison
+
+    comparison = compare_targets(runs)
+    curves = {run.name: run.facts.curves for run in comparison.runs}
+    title = "" if comparison.why_not is None else "losses may not compare"
+    draw_comparison(curves, comparison.shared, out, title=title)
+    if as_json:
+        click.echo(json.dumps({**comparison.as_dict(), "figure": str(out)}))
+        return
+    from behrt.console import comparison_table, stderr_console
+
+    console = stderr_console()
+    console.print(comparison_table(comparison))
+    if comparison.why_not is not None:
+        console.print(comparison.why_not, markup=False, style="yellow")
+    console.print(f"Curves: {out}", markup=False)
+
+
+@cli.command()
 @click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="Port on this machine.")
 def ui(port: int) -> None:
     """Open the MLflow store in the browser: runs side by side, with their curves."""
@@ -307,6 +396,10 @@ class Terminated(KeyboardInterrupt):
     """The process was asked to end (SIGTERM); it ends as on Ctrl-C, with an exit code of its own."""
 
 
+class RefusedRun(Exception):
+    """A run that the pre-flight kept from training."""
+
+
 class LostRun(Exception):
     """A run that ended, but whose model is of no use."""
 
@@ -320,6 +413,23 @@ def given(flags: dict[str, Any]) -> dict[str, Any]:
         except ValueError:
             raise UserError(f"--max-position: expected a number or auto, found {kept['max_position']!r}") from None
     return kept
+
+
+def pairs(texts: tuple[str, ...], flag: str) -> dict[str, str]:
+    """`NAME=VALUE` texts as a mapping."""
+    for text in texts:
+        if not all(part.strip() for part in text.partition("=")[::2]):
+            raise UserError(f"{flag}: expected NAME=COLUMN, found {text!r}")
+    return {name.strip(): value.strip() for name, _, value in (text.partition("=") for text in texts)}
+
+
+def reasons(findings: Sequence[Finding]) -> str:
+    """Findings in one line, each with its first remedy."""
+    return "; ".join(
+        f"{finding.title[:1].lower()}{finding.title[1:]} ({finding.rule})"
+        + "".join(f", try {remedy}" for remedy in finding.remedies[:1])
+        for finding in findings
+    )
 
 
 def in_folder(experiment_file: Path | None) -> Path | None:
@@ -365,6 +475,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         return fail(f"behrt: {one_line(error)}", EXIT_MISTAKE)
+    except RefusedRun as error:
+        return fail(f"behrt: {error}", EXIT_REFUSED)
     except LostRun as error:
         return fail(f"behrt: {error}", EXIT_LOST)
     except (KeyboardInterrupt, click.Abort) as error:  # click wraps the first in the second

@@ -21,6 +21,7 @@ LoRATarget = Literal["query", "key", "value", "output", "feedforward"]
 Structure = Literal["hmm", "none"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
+StopOn = Literal["error", "warning", "never"]
 
 FLAGS = "flags"
 """Where settings come from that no file holds; errors then name the flag."""
@@ -262,6 +263,7 @@ class TrainingSettings(Section):
     gradient_clip: float = Field(default=1.0, gt=0, description="largest L2 norm of the gradient")
     early_stopping_patience: int = Field(default=10, ge=0, description="epochs without a better val_loss; 0 is never")
     early_stopping_min_delta: float = Field(default=0.0, ge=0, description="how much lower counts as better")
+    stop_on: StopOn = Field(default="error", description="findings of the doctor that end a run in progress")
     seed: int = Field(default=0, ge=0)
     device: Device = "auto"
     precision: Precision = "auto"

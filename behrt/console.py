@@ -5,17 +5,23 @@ Everything here goes to stderr. Progress bars are drawn only where stderr is a t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
+from behrt.comparison import Comparison, shown
+from behrt.doctor.checkup import Checkup
+from behrt.doctor.diagnosis import Diagnosis, evidence_text
+from behrt.doctor.facts import RunFacts
+from behrt.doctor.rule import Finding, Severity
 from behrt.history import EpochRecord
 from behrt.parameters import ParameterCounts
 from behrt.prepare import report_rows
-from behrt.pretrain import Listener, RunResult, RunStart
+from behrt.run_report import Listener, RunResult, RunStart
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -129,6 +135,14 @@ class TerminalListener(Listener):
             )
         self._print("\n".join(lines))
 
+    def examined(self, checkup: Checkup) -> None:
+        self._print(f"  predicted  {prediction_summary(checkup.facts)}")
+        if checkup.diagnosis.findings:
+            self._console.print(findings_table("Pre-flight", checkup.diagnosis.findings))
+
+    def found(self, finding: Finding) -> None:
+        self._console.print(findings_table(None, [finding]))
+
     def step(self, step: int, steps: int) -> None:
         self._bar.show(f"Epoch {self._epoch}", step, steps)
 
@@ -146,6 +160,74 @@ class TerminalListener(Listener):
         self._bar.clear()
 
 
+SEVERITY_STYLES: dict[Severity, str] = {"info": "blue", "warning": "yellow", "error": "bold red"}
+
+
+def prediction_summary(facts: RunFacts) -> str:
+    """What the first batch tells of an epoch's time and of memory."""
+    parts = []
+    if facts.epoch_seconds_predicted is not None:
+        parts.append(f"{facts.epoch_seconds_predicted:,.1f} s an epoch")
+    if facts.memory_needed is not None:
+        free = "" if facts.memory_available is None else f" of {facts.memory_available / 2**30:,.1f}"
+        parts.append(f"{facts.memory_needed / 2**30:,.2f}{free} GiB of memory")
+    return ", ".join(parts) or "nothing: no token of the first batches is scored"
+
+
+def findings_table(title: str | None, findings: Sequence[Finding]) -> Table:
+    """A row a finding: how severe, and what was found, seen and advised."""
+    table = Table.grid("severity", "finding", padding=(0, 2))
+    table.title, table.title_justify = title, "left"
+    for finding in findings:
+        lines = [f"{finding.title} ({finding.rule})", f"  {evidence_text(finding.evidence)}"]
+        if finding.remedies:
+            lines.append(f"  what helps: {'; then '.join(finding.remedies)}")
+        table.add_row(Text(finding.severity, style=SEVERITY_STYLES[finding.severity]), Text("\n".join(lines)))
+    return table
+
+
+def diagnosis_table(diagnosis: Diagnosis) -> Table:
+    """A whole diagnosis, with what could not be checked."""
+    table = findings_table(f"Diagnosis: {diagnosis.verdict}", diagnosis.findings)
+    if diagnosis.not_checked:
+        skipped = ", ".join(f"{skipped.rule} ({', '.join(skipped.missing)})" for skipped in diagnosis.not_checked)
+        table.add_row(Text("not checked", style="dim"), Text(f"not known: {skipped}", style="dim"))
+    return table
+
+
+RESULT_ROWS = {
+    "best_val_loss": ("best val_loss", "{:.4f}"),
+    "best_epoch": ("  at epoch", "{:,}"),
+    "best_val_accuracy": ("  accuracy there", "{:.4f}"),
+    "closed_gap": ("  gap closed", "{:.1%}"),
+    "epochs": ("epochs trained", "{:,}"),
+    "seconds": ("  seconds", "{:,.1f}"),
+    "trainable_percent": ("trainable percent", "{:.1f}"),
+}
+"""Label and form of each result of a comparison."""
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """A column a run: verdict, results, and the parameters that differ."""
+    table = Table(caption="-: not set, or not known", caption_justify="left")
+    table.add_column("", no_wrap=True)
+    for run in comparison.runs:
+        table.add_column(Text(run.name), justify="right", overflow="fold")
+    diagnoses = [run.diagnosis for run in comparison.runs]
+    table.add_row("verdict", *(one.verdict for one in diagnoses))
+    table.add_row("severity", *(Text(one.severity, style=SEVERITY_STYLES[one.severity]) for one in diagnoses))
+    table.add_section()
+    for name, (label, form) in RESULT_ROWS.items():
+        values = [run.results[name] for run in comparison.runs]
+        table.add_row(label, *("-" if value is None else form.format(value) for value in values))
+    table.add_section()
+    for name, told in comparison.different.items():
+        table.add_row(name, *map(Text, shown(told)))
+    if not comparison.different:
+        table.add_row("no known parameter differs")
+    return table
+
+
 def parameter_summary(counts: ParameterCounts) -> str:
     """Counts as in the guide: total, trainable with its share, LoRA with its share."""
     summary = f"{counts['total']:,} parameters, {counts['trainable']:,} trainable ({counts['trainable_percent']:.1f}%)"
@@ -158,6 +240,11 @@ def baseline_summary(start: RunStart) -> str:
     """The lines that the losses are read against."""
     baselines = start.baselines
     summary = f"chance {baselines.chance_loss:.4f}, unigram {baselines.unigram_loss:.4f}"
+    if baselines.copying_loss is not None:
+        summary += f", with copying {baselines.copying_loss:.4f}"
+    gain, low, high = baselines.cooccurrence_gain, baselines.cooccurrence_gain_low, baselines.cooccurrence_gain_high
+    if gain is not None and low is not None and high is not None:
+        summary += f", other codes tell {gain:.3f} ({low:.3f} to {high:.3f}) per [MASK]"
     if baselines.floor_loss is not None:
         summary += f", floor {baselines.floor_loss:.4f} (accuracy {baselines.floor_accuracy:.4f})"
     return summary
@@ -166,7 +253,9 @@ def baseline_summary(start: RunStart) -> str:
 def result_lines(result: RunResult) -> list[str]:
     """What came of a run, beside what was possible, and where to look at it."""
     start = result.start
-    if result.best is None:
+    if result.refused:
+        lines = ["Not trained."]
+    elif result.best is None:
         lines = ["No epoch gave a finite validation loss."]
     else:
         stopped = f", stopped early after {result.last.epoch}" if result.last and result.stopped_early else ""
@@ -175,12 +264,13 @@ def result_lines(result: RunResult) -> list[str]:
             f"accuracy {result.best.val_accuracy:.4f}, in {result.seconds:.0f} s",
             f"  {baseline_summary(start)}",
         ]
-        if result.best.val_loss >= start.baselines.unigram_loss:
-            lines.append("  not below the unigram loss yet: counting codes does as well")
+        if result.best.val_loss >= (start.baselines.copying_loss or start.baselines.unigram_loss):
+            lines.append("  not below what counting and copying codes reaches: nothing else was learned yet")
         elif result.closed_gap is not None:
             lines.append(f"  {result.closed_gap:.1%} of the gap between unigram and floor is closed")
     lines += [
         f"  {parameter_summary(start.counts)}",
+        f"  diagnosis: {result.diagnosis.verdict}; all of it: behrt doctor {start.folder}",
         f"  history, figures and checkpoints: {start.folder}",
         f"  MLflow run {start.run_id} in {result.tracking_uri}; to open it: behrt ui",
     ]

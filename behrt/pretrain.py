@@ -1,15 +1,17 @@
 """How is one BEHRT pre-trained, from settings to a tracked, finished run?
 
 The recipe of `behrt train`: records (prepared, or a simulated cohort), the lines that its losses are read against, the
-model and what of it is trained, then the loop of the trainer, each epoch handed to the local history and to MLflow.
+model and what of it is trained, the pre-flight, then the loop of the trainer, each epoch handed to the local history,
+to MLflow and to the doctor.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,113 +24,27 @@ from behrt.batches import PackedBatch, TrainingBatches
 from behrt.checkpoints import Base, Transplant, make_base, save_checkpoint
 from behrt.config import ExperimentSettings, UserError, experiment_yaml
 from behrt.devices import choose_device, choose_precision
-from behrt.history import Baselines, EpochRecord, RunFolder, finite
+from behrt.doctor.checkup import Checkup, facts_before_training, tolerated
+from behrt.doctor.diagnosis import markdown
+from behrt.doctor.facts import RunFacts
+from behrt.doctor.memory import is_out_of_memory
+from behrt.doctor.preflight import probe
+from behrt.history import RunFolder
 from behrt.masking import Stream, torch_seed
-from behrt.metrics import closed_gap
 from behrt.model import BEHRTForMaskedLM
 from behrt.parameters import ParameterCounts, apply_lora_to_behrt, count_parameters, set_trainable
 from behrt.plots import draw_curves
 from behrt.records import Records, open_records, select_records
+from behrt.run_report import Listener, RunResult, RunStart
 from behrt.runs import load_base, name_base
 from behrt.sequences import open_prepared
-from behrt.tracking import RunStatus, TrackedRun, shown_uri
+from behrt.tracking import TrackedRun
 from behrt.trainer import LossSums, Trainer
 
 EVALUATED_AT_ONCE = 128
 """Patients per batch of an evaluation."""
 
 SECONDS_BETWEEN_PLOTS = 30.0
-
-
-class Listener:
-    """What a person sees of a run while it goes on; here: nothing. The command line prints."""
-
-    def preparing(self, stage: str, done: int, total: int) -> None:
-        """Progress of preparing a simulated cohort."""
-
-    def started(self, start: RunStart) -> None:
-        """Everything is set up; the first epoch comes next."""
-
-    def step(self, step: int, steps: int) -> None:
-        """An optimizer step of the current epoch is done."""
-
-    def epoch(self, record: EpochRecord) -> None:
-        """An epoch is done."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunStart:
-    """What is known of a run before its first epoch."""
-
-    experiment: str
-    folder: Path
-    run_id: str
-    settings: ExperimentSettings
-    device: str
-    precision: str
-    max_position: int
-    vocab_size: int
-    patients: dict[str, int]
-    steps_per_epoch: int
-    baselines: Baselines
-    counts: ParameterCounts
-    transplant: Transplant | None
-    truncated_share: float
-
-
-@dataclass(kw_only=True)
-class RunResult:
-    """What came of a run; `model` has the weights of the best epoch when it is finished."""
-
-    start: RunStart
-    model: BEHRTForMaskedLM
-    status: RunStatus = "FAILED"
-    best: EpochRecord | None = None
-    last: EpochRecord | None = None
-    stopped_early: bool = False
-    seconds: float = 0.0
-    tracking_uri: str = field(default_factory=shown_uri)
-    tracking_complete: bool = True
-
-    @property
-    def closed_gap(self) -> float | None:
-        """Share of the gap between unigram and floor that the best epoch closed; None where no floor is known."""
-        baselines = self.start.baselines
-        if self.best is None or baselines.floor_loss is None:
-            return None
-        return closed_gap(self.best.val_loss, baselines.unigram_loss, baselines.floor_loss)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The form of `run.json` and of `behrt train --json`; figures that are not finite are None."""
-        start, best, last = self.start, self.best, self.last
-        values: dict[str, Any] = finite(
-            {
-                "run_id": start.run_id,
-                "experiment": start.experiment,
-                "tracking_uri": self.tracking_uri,
-                "tracking_complete": self.tracking_complete,
-                "status": self.status,
-                "verdict": None,
-                "best_epoch": best.epoch if best else None,
-                "best_val_loss": best.val_loss if best else None,
-                "best_val_accuracy": best.val_accuracy if best else None,
-                "closed_gap": self.closed_gap,
-                "epochs": last.epoch if last else 0,
-                "last": last.figures() if last else None,
-                "stopped_early": self.stopped_early,
-                "seconds": round(self.seconds, 3),
-                "baselines": start.baselines.figures(),
-                "parameters": dict(start.counts),
-                "device": start.device,
-                "precision": start.precision,
-                "max_position": start.max_position,
-                "vocab_size": start.vocab_size,
-                "patients": start.patients,
-                "transplant": asdict(start.transplant) if start.transplant else None,
-                "settings": start.settings.model_dump(mode="json", exclude={"note"}),
-            }
-        )
-        return values
 
 
 def masked_lm_loss(model: nn.Module, batch: PackedBatch) -> LossSums:
@@ -194,16 +110,22 @@ def adaptation_name(settings: ExperimentSettings) -> str:
 
 
 def pretrain(
-    settings: ExperimentSettings, *, experiment: str, folder: Path, listener: Listener | None = None
+    settings: ExperimentSettings,
+    *,
+    experiment: str,
+    folder: Path,
+    listener: Listener | None = None,
+    force: bool = False,
 ) -> RunResult:
     """Trains one model and leaves a finished run in `folder` and in MLflow.
 
     Args:
         experiment: name under which MLflow groups the runs.
         folder: the experiment folder.
+        force: train even where the pre-flight finds that the run cannot learn.
 
     Returns:
-        The result; `status` is FAILED where the loss stopped being finite.
+        The result; `status` is FAILED where the pre-flight refused the run, and where the doctor ended it.
 
     Raises:
         UserError: settings and records that do not go together, a folder that is in use, a store that cannot be
@@ -249,6 +171,7 @@ def pretrain(
             experiment=experiment,
             folder=folder,
             run_id=tracked.run_id,
+            dataset={"name": records.data.name, "digest": records.data.digest},
             settings=settings,
             device=device.type,
             precision="bf16" if precision is torch.bfloat16 else "fp32",
@@ -261,22 +184,33 @@ def pretrain(
             transplant=transplanted,
             truncated_share=records.truncated_share,
         )
-        trainer = Trainer(
-            model.to(device),
-            masked_lm_loss,
-            steps=steps,
-            train_evaluation=records.train_evaluation.packed(EVALUATED_AT_ONCE, records.row_length),
-            validation=records.validation.packed(EVALUATED_AT_ONCE, records.row_length),
-            settings=settings.training,
-            device=device,
-            precision=precision,
-            on_step=listener.step,
-        )
+        batches: dict[str, Any] = {
+            "steps": steps,
+            "train_evaluation": records.train_evaluation.packed(EVALUATED_AT_ONCE, records.row_length),
+            "validation": records.validation.packed(EVALUATED_AT_ONCE, records.row_length),
+            "device": device,
+            "precision": precision,
+        }
+        model.to(device)
+        trainer = Trainer(model, masked_lm_loss, **batches, settings=settings.training, on_step=listener.step)
         keep = partial(save_checkpoint, model=model, vocabulary=records.data.vocabulary, base=base)
-        result = RunResult(start=start, model=model)
+        result = RunResult(start=start, model=model, checkup=Checkup(RunFacts()))
         with _ending(result, run_folder, tracked, started):
             _log_start(start, tracked, records)
             listener.started(start)
+            probed: dict[str, Any] = {}
+            with tolerated("the pre-flight"):
+                probed = probe(model, masked_lm_loss, **batches, adaptation=settings.adaptation)
+            result.checkup = Checkup(
+                facts_before_training(
+                    settings, records, baselines, transplanted, vocab_size=model.config.vocab_size, probed=probed
+                )
+            )
+            _log_diagnosis(result, run_folder, tracked)
+            listener.examined(result.checkup)
+            if result.diagnosis.of_severity("error") and not force:
+                result.refused = True
+                return result
             try:
                 _train(trainer, result, run_folder, tracked, keep, listener)
             except KeyboardInterrupt:
@@ -321,7 +255,7 @@ def _train(
     listener: Listener,
 ) -> None:
     """The epochs: each is kept on disk first, then sent to MLflow, then shown."""
-    start = result.start
+    start, checkup = result.start, result.checkup
     last_plot = time.perf_counter()
     run_folder.write_run(**{**result.as_dict(), "status": "RUNNING"})
     for record in trainer.epochs():
@@ -331,15 +265,30 @@ def _train(
         if record.is_best:
             result.best = record
             keep(run_folder.checkpoints / "best", epoch=record.epoch)
+        new = checkup.update(run_folder.history)
         run_folder.write_run(**{**result.as_dict(), "status": "RUNNING"})
         tracked.log_figures(record.figures(), step=record.epoch)
         listener.epoch(record)
+        for finding in new:
+            listener.found(finding)
+        if new:
+            _log_diagnosis(result, run_folder, tracked)
+        if start.settings.training.stop_on != "never":
+            result.lost_to = checkup.reason_to_stop(start.settings.training.stop_on)
+        if result.lost_to is not None:
+            return
         if time.perf_counter() - last_plot > SECONDS_BETWEEN_PLOTS:
             draw_curves(run_folder.history, start.baselines, run_folder.plots, title=start.experiment)
             last_plot = time.perf_counter()
     trainer.restore_best()
     result.stopped_early = trainer.stopping.should_stop
     result.status = "FINISHED" if result.last is not None and result.last.is_finite else "FAILED"
+
+
+def _log_diagnosis(result: RunResult, run_folder: RunFolder, tracked: TrackedRun) -> None:
+    """The diagnosis so far, on disk and as the tags by which runs are filtered."""
+    run_folder.write_diagnosis(result.diagnosis.as_dict(), markdown(result.diagnosis))
+    tracked.tag({"diagnosis": result.diagnosis.verdict, "severity": result.diagnosis.severity})
 
 
 @contextmanager
@@ -350,9 +299,18 @@ def _ending(result: RunResult, run_folder: RunFolder, tracked: TrackedRun, start
     except KeyboardInterrupt:
         result.status = "KILLED"
         raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        result.checkup.update(run_folder.history, out_of_memory=True)
+        result.lost_to = result.checkup.reason_to_stop("error")
     finally:
         result.seconds = time.perf_counter() - started
+        if not result.refused:
+            over = result.status == "FINISHED"
+            result.checkup.update(run_folder.history, finished=over, stopped_early=result.stopped_early)
         try:
+            _log_diagnosis(result, run_folder, tracked)
             draw_curves(run_folder.history, result.start.baselines, run_folder.plots, title=result.start.experiment)
             if result.best is not None:
                 tracked.log_figures({"best_val_loss": result.best.val_loss, "best_epoch": result.best.epoch})
@@ -361,7 +319,10 @@ def _ending(result: RunResult, run_folder: RunFolder, tracked: TrackedRun, start
                     tracked.log_artifacts(path, under=path.name)
             if run_folder.history_file.exists():
                 tracked.log_artifacts(run_folder.history_file, under="logs")
+            for path in run_folder.diagnosis_files:
+                tracked.log_artifacts(path)
             tracked.log_text(experiment_yaml(result.start.settings), "experiment.yaml")
+            tracked.log_text(json.dumps(result.as_dict(), indent=1), "run.json")
         finally:
             tracked.finish(result.status)
             result.tracking_complete = tracked.is_complete

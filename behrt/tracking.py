@@ -14,9 +14,11 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -34,6 +36,7 @@ RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 for _name, _value in (
     ("MLFLOW_DISABLE_TELEMETRY", "true"),
     ("DO_NOT_TRACK", "true"),
+    ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
     ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"),
     ("MLFLOW_HTTP_REQUEST_TIMEOUT", "10"),
 ):
@@ -224,6 +227,74 @@ def download_checkpoints(run_id: str) -> Path:
     except Exception:  # whatever the store says, there is nothing to load
         raise UserError(f"{run_id}: {shown_uri()} has no such run, or the run has no checkpoints") from None
     return destination
+
+
+@dataclass(frozen=True)
+class TrackedRecord:
+    """What the store holds of a run.
+
+    Attributes:
+        status: MLflow's: `RUNNING`, `FINISHED`, `FAILED`, `KILLED` or `SCHEDULED`.
+        params, tags: as text.
+        metrics: the latest value of each.
+        histories: of the metrics that were asked for, (step, value) by step; infinite where the store says 1.8e308.
+        texts: of the artifacts that were asked for, those that the run has, by path.
+    """
+
+    status: str
+    params: Mapping[str, str]
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]
+    histories: Mapping[str, list[tuple[int, float]]]
+    texts: Mapping[str, str]
+
+
+def read_tracked_run(run_id: str, *, wanted: Callable[[str], bool], texts: Iterable[str] = ()) -> TrackedRecord:
+    """A run as the store has it.
+
+    Args:
+        wanted: whether the history of the metric of that name is read; each is a request.
+        texts: paths of small artifacts.
+
+    Raises:
+        UserError: the store has no such run.
+    """
+    client = connect()
+    try:
+        run = client.get_run(run_id)
+        histories = {
+            name: [
+                (metric.step, metric.value if abs(metric.value) < sys.float_info.max else math.inf)
+                for metric in sorted(
+                    client.get_metric_history(run_id, name), key=lambda metric: (metric.step, metric.timestamp)
+                )
+            ]
+            for name in run.data.metrics
+            if wanted(name)
+        }
+    except Exception:  # whatever the store says, there is nothing to read
+        raise UserError(f"{run_id}: {shown_uri()} has no such run, and no folder below experiments/ holds it") from None
+    found = {path: _artifact_text(client, run_id, path) for path in texts}
+    return TrackedRecord(
+        status=run.info.status,
+        params=run.data.params,
+        tags=run.data.tags,
+        metrics=run.data.metrics,
+        histories=histories,
+        texts={path: text for path, text in found.items() if text is not None},
+    )
+
+
+def _artifact_text(client: MlflowClient, run_id: str, path: str) -> str | None:
+    """The text of an artifact; None where the run has none of that path, or its artifacts are out of reach."""
+    try:
+        folder = path.rpartition("/")[0] or None
+        if path not in {artifact.path for artifact in client.list_artifacts(run_id, folder)}:
+            return None
+        with tempfile.TemporaryDirectory() as here:
+            return Path(client.download_artifacts(run_id, path, here)).read_text(encoding="utf-8")
+    except Exception:  # MLflow's own, the network's, the disk's
+        return None
 
 
 def ui_address(port: int) -> str:

@@ -226,7 +226,7 @@ def test_behrt_alone_prints_its_help(capsys: pytest.CaptureFixture) -> None:
     assert capsys.readouterr().err.startswith("Usage: behrt [OPTIONS] COMMAND [ARGS]...\n")
 
 
-@pytest.mark.parametrize("command", ["", "simulate", "prepare", "train", "params", "ui"])
+@pytest.mark.parametrize("command", ["", "simulate", "prepare", "train", "params", "doctor", "compare", "ui"])
 def test_every_command_explains_itself(capsys: pytest.CaptureFixture, command: str) -> None:
     capsys.readouterr()
     assert main([*command.split(), "--help"]) == 0

@@ -4,12 +4,17 @@ import importlib.util
 import re
 import shlex
 import shutil
+import sys
 from contextlib import chdir
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from behrt.cli import main
+from behrt.config import load_experiment
+from behrt.doctor.explain import rules_page
+from behrt.files import write_json
 
 from .test_layers import ORDER
 
@@ -37,6 +42,8 @@ def readme_commands() -> list[list[str]]:
 def test_the_readmes_commands_run_in_their_order(tmp_path: Path, prepared: Path) -> None:
     shutil.copytree(ROOT / "experiments" / "the_fix", tmp_path / "experiments" / "the_fix")
     ran = 0
+    (tmp_path / "train.log").write_text("Epoch 1 | Train Loss: 7.00 | Val Loss: 6.95\n")
+    (tmp_path / "metrics_history.json").write_text('{"val_loss": [{"epoch": 1, "value": 6.95}]}')
     with chdir(tmp_path):
         for command in readme_commands():
             if command == ["ui"]:
@@ -60,7 +67,9 @@ def test_the_readme_names_both_make_targets() -> None:
         assert f"\n{target}:" in makefile
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "docs/learning.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/architecture.md", "docs/learning.md", "docs/doctor.md", "docs/rules.md"]
+)
 def test_links_and_pictures_are_there(document: str) -> None:
     path = ROOT / document
     links = re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8"))
@@ -74,10 +83,76 @@ def test_the_architecture_names_every_module() -> None:
     assert named == set(ORDER) - {"__main__"}
 
 
-def test_the_page_of_measurements_says_what_was_measured() -> None:
-    spec = importlib.util.spec_from_file_location("measure", ROOT / "experiments" / "learning" / "measure.py")
+def load_measure(topic: str) -> ModuleType:
+    """The measuring script of `experiments/<topic>`."""
+    spec = importlib.util.spec_from_file_location(f"measure_{topic}", ROOT / "experiments" / topic / "measure.py")
     assert spec is not None
     assert spec.loader is not None
     measure = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = measure  # dataclasses look their module up
     spec.loader.exec_module(measure)
+    return measure
+
+
+def test_the_page_of_measurements_says_what_was_measured() -> None:
+    measure = load_measure("learning")
     assert measure.page(measure.load_results()) == (ROOT / "docs" / "learning.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def doctor(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The doctor's measuring script, which imports from its own folder."""
+    monkeypatch.syspath_prepend(ROOT / "experiments" / "doctor")
+    return load_measure("doctor")
+
+
+def test_the_doctors_page_says_what_was_measured(doctor: ModuleType) -> None:
+    assert doctor.page(doctor.load_results()) == (ROOT / "docs" / "doctor.md").read_text(encoding="utf-8")
+
+
+def test_the_page_of_rules_says_what_the_rules_are() -> None:
+    assert rules_page() == (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
+
+
+def test_every_experiment_of_the_story_was_diagnosed_as_its_note_says(doctor: ModuleType) -> None:
+    rows = doctor.load_results()["story"]
+    for name, attempts in doctor.STORY.items():
+        for attempt in attempts:
+            assert doctor.unmet(attempt, rows[doctor.command_of(name, attempt)]) == []
+
+
+def test_an_attempt_that_does_not_show_what_the_note_says_is_told(doctor: ModuleType) -> None:
+    row = {"exit": 0, "findings": [{"rule": "underfitting"}]}
+    attempt = doctor.Attempt(says=("underfitting", "overfitting|widening_gap"), ends=3)
+    assert doctor.unmet(attempt, row) == ["overfitting|widening_gap", "exit code 3"]
+
+
+def test_a_run_counts_as_measured_when_it_finished_with_these_settings(doctor: ModuleType, tmp_path: Path) -> None:
+    settings = load_experiment(flags={"lr": 0.01, "stop_on": "never"})
+    kept = settings.model_dump(mode="json", exclude={"note"})
+    del kept["training"]["stop_on"]  # as a version left it that did not know this setting
+    write_json(tmp_path / "run.json", {"status": "FINISHED", "settings": kept})
+    assert doctor.is_finished(tmp_path, settings)
+    assert not doctor.is_finished(tmp_path, load_experiment(flags={"lr": 0.02, "stop_on": "never"}))
+    write_json(tmp_path / "run.json", {"status": "KILLED", "settings": kept})
+    assert not doctor.is_finished(tmp_path, settings)
+    assert not doctor.is_finished(tmp_path / "other", settings)
+
+
+def test_simulated_curves_were_judged_as_well_as_was_aimed_at(doctor: ModuleType) -> None:
+    found = doctor.load_results()["curves"]["seeds"]["vocabulary known"]
+    for kind, verdict in doctor.EXPECTED_VERDICTS.items():
+        verdicts = found["verdicts"][kind]
+        assert verdicts[verdict] / sum(verdicts.values()) >= doctor.TARGET
+    assert found["healthy_with_error"] == []
+
+
+def test_the_rules_of_today_judge_simulated_curves_as_the_page_says(doctor: ModuleType) -> None:
+    """All that were judged wrongly, and ten others of each kind."""
+    simulate_run = importlib.import_module("training_curves").simulate_run
+    for view in doctor.VIEWS:
+        kept = doctor.load_results()["curves"]["seeds"][view]
+        chosen = {(run["kind"], run["seed"]) for run in kept["wrong"]}
+        chosen |= {(kind, seed) for kind in doctor.EXPECTED_VERDICTS for seed in doctor.SEEDS[:10]}
+        found = doctor.judge([simulate_run(*run) for run in sorted(chosen)], view)
+        assert sorted(found["wrong"], key=str) == sorted(kept["wrong"], key=str)

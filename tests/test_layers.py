@@ -17,15 +17,19 @@ LAYERS = (
     ("sequences", "prepare", "masking", "batches"),
     ("model", "lora", "parameters"),
     ("checkpoints", "history", "tracking", "runs"),
-    ("trainer", "records"),
-    ("plots",),
+    ("trainer", "cooccurrence", "records"),
+    (
+        "doctor.curves", "doctor.facts", "doctor.remedies", "doctor.rule", "doctor.readings", "doctor.curve_symptoms",
+        "doctor.setup_symptoms", "doctor.rules", "doctor.explain", "doctor.diagnosis", "doctor.masks", "doctor.memory",
+        "doctor.preflight", "doctor.logs", "doctor.tables", "doctor.targets", "doctor.checkup", "comparison", "plots",
+    ),
     (),
-    ("pretrain",),
+    ("run_report", "pretrain"),
     (),
     ("console", "cli", "__main__"),
 )  # fmt: skip
 ORDER = [module for layer in LAYERS for module in layer]
-WITHOUT_LAYER = {"__init__", "sources.__init__"}
+WITHOUT_LAYER = {"__init__", "sources.__init__", "doctor.__init__"}
 
 
 def modules() -> dict[str, Path]:
@@ -41,7 +45,8 @@ def imported_modules(source: str) -> set[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "behrt":
             name = node.module.removeprefix("behrt").lstrip(".")
-            found |= {name} if name else {alias.name for alias in node.names if alias.name in ORDER}
+            inside = {f"{name}.{alias.name}".lstrip(".") for alias in node.names}
+            found |= {name} if name in ORDER else inside & set(ORDER)
             assert node.level == 0
         elif isinstance(node, ast.Import):
             found |= {alias.name.removeprefix("behrt.") for alias in node.names if alias.name.startswith("behrt.")}

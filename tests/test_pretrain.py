@@ -212,8 +212,8 @@ def test_a_diverging_run_fails_with_exit_code_4_and_the_remedy(
         run = read_run(Path("lost"))
         client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlruns/mlflow.db")
         assert client.get_run(run["run_id"]).info.status == "FAILED"
-    assert run["status"] == "FAILED"
-    assert capsys.readouterr().err.splitlines()[-1].endswith("try --lr 1e+29")
+    assert (run["status"], run["verdict"], run["lost_to"]) == ("FAILED", "diverged", "not_finite")
+    assert capsys.readouterr().err.splitlines()[-1].endswith("(not_finite), try --lr 1e30 → 1e29")
 
 
 def test_an_interrupted_run_is_marked_killed_and_keeps_its_epochs(
@@ -236,7 +236,8 @@ def test_an_interrupted_run_is_marked_killed_and_keeps_its_epochs(
 
 def test_a_tiny_cohort_whose_floor_is_not_known_everywhere_still_trains(tmp_path: Path) -> None:
     with chdir(tmp_path):
-        assert main(["train", "--structure", "none", "--num-patients", "60", "--epochs", "1", "--out", "tiny"]) == 0
+        flags = ["--num-patients", "60", "--epochs", "1", "--force", "--out", "tiny"]
+        assert main(["train", "--structure", "none", *flags]) == 0
         assert read_run(Path("tiny"))["status"] == "FINISHED"
 
 

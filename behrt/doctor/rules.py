@@ -1,0 +1,553 @@
+"""Which rules are there?
+
+Rules are data: a reader scans this table. What a predicate does exactly stands in `curve_symptoms` and
+`setup_symptoms`; its thresholds are named there and shown here.
+"""
+
+from __future__ import annotations
+
+from behrt.doctor import curve_symptoms as curve
+from behrt.doctor import readings
+from behrt.doctor import setup_symptoms as setup
+from behrt.doctor.facts import RunFacts
+from behrt.doctor.remedies import Advice, Remedy, larger_model, lower_to, raise_to, set_to, smaller_model, times
+from behrt.doctor.rule import Rule
+
+HIGHEST_RATE = 3e-3
+"""No remedy raises the learning rate beyond what docs/learning.md measured to work; at 0.01 nothing is learned."""
+
+
+def with_lora(facts: RunFacts) -> bool:
+    """Whether flags of LoRA have an effect, as far as is known."""
+    return facts.use_lora is not False
+
+
+def simulated(facts: RunFacts) -> bool:
+    """Whether the number of patients is a flag."""
+    return facts.data is None
+
+
+def stop_sooner(current: int | None) -> int | None:
+    """The guide's 5; where there is no early stopping at all, its 10."""
+    if current == 0:
+        return 10
+    return 5 if current is None or current > 5 else None
+
+
+MORE_PATIENTS = Remedy("num_patients", raise_to(10_000, then=20_000), "more data generalises better", simulated)
+MORE_RECORDS = Advice("train on more patients", lambda facts: not simulated(facts))
+REGULARISE = (
+    Remedy("dropout", raise_to(0.3, then=0.4), "more regularisation"),
+    Remedy("weight_decay", raise_to(0.05, then=0.1), "penalises large weights"),
+    Remedy("early_stopping_patience", stop_sooner, "stops sooner"),
+    Remedy("lora_rank", lower_to(8, then=4), "less capacity", with_lora),
+    Remedy("model_size", smaller_model, "less capacity"),
+    MORE_PATIENTS,
+    MORE_RECORDS,
+)
+LEARN_MORE = (
+    Remedy("model_size", larger_model, "more capacity"),
+    Remedy("lora_rank", raise_to(32), "more trainable parameters", with_lora),
+    Remedy("dropout", lower_to(0.05, then=0.0), "less regularisation"),
+    Remedy("epochs", raise_to(200, then=400), "longer training"),
+    Remedy("early_stopping_patience", lambda current: None if current == 0 else raise_to(20)(current), "more patience"),
+    Remedy("lr", times(5, unknown=5e-4, at_most=HIGHEST_RATE), "faster learning"),
+)
+CALM_DOWN = (
+    Remedy("lr", times(0.1, unknown=1e-5), "smaller steps"),
+    Remedy("weight_decay", lower_to(0.001), "less pull on the weights"),
+    Remedy("gradient_clip", lower_to(1.0, then=0.5), "bounds a step"),
+)
+
+CURVE_RULES: tuple[Rule, ...] = (
+    Rule(
+        id="not_finite",
+        title="A loss is NaN or infinite",
+        severity="error",
+        when="a loss, or the gradient's norm, is not finite in some epoch",
+        source="guide, Monitor Training Speed: Loss = NaN; Learning Rate Too High/Low",
+        needs=("train_loss|val_loss",),
+        check=curve.not_finite,
+        remedies=CALM_DOWN,
+        verdict="diverged",
+    ),
+    Rule(
+        id="diverged",
+        title="The training loss runs away",
+        severity="error",
+        when=f"it ends more than {curve.EXPLODED:.0%} above where it began, or has lost more than half of what "
+        f"it had learned, or jitters by {curve.ERRATIC:.0%} of itself without falling",
+        source="guide, Learning Rate Too High/Low: exploding",
+        needs=("train_loss|val_loss",),
+        check=curve.diverged,
+        remedies=CALM_DOWN,
+        verdict="diverged",
+    ),
+    Rule(
+        id="stuck_at_chance",
+        title="The loss stands still where guessing or counting codes would be",
+        severity="error",
+        when=f"over {readings.FEWEST_EPOCHS} epochs or more, its lowest level lies above or within "
+        f"{curve.STANDSTILL:.0%} of ln(vocabulary) ({3 * curve.STANDSTILL:.0%} if it does not move at all, or if "
+        f"embeddings and head stay random; {readings.VISIBLE:.1%} if it falls steadily); or within "
+        f"{readings.VISIBLE:.1%} of what counting codes reaches, not falling; or, neither known, within "
+        f"{curve.STANDSTILL:.0%} of where it began; a warning until {readings.GRACE_EPOCHS} epochs and "
+        f"{readings.GRACE_SHARE:.0%} of the planned ones are over",
+        source="guide, Embeddings and MLM Head Were Frozen: loss ≈ ln(1000); counting line: docs/learning.md",
+        needs=("train_loss|val_loss",),
+        check=curve.stuck_at_chance,
+        remedies=(
+            Remedy("train_embeddings", lambda current: None if current else True, "codes must be readable"),
+            Remedy("train_head", lambda current: None if current else True, "codes must be predictable"),
+            Remedy("lr", times(10, unknown=1e-3, at_most=HIGHEST_RATE), "larger steps"),
+            Advice("look for frozen or silent parameters: the pre-flight of `behrt train` names them"),
+            Advice("measure whether the records hold anything to learn (rule nothing_to_learn)"),
+        ),
+        verdict="stuck_at_chance",
+    ),
+    Rule(
+        id="overfitting",
+        title="Validation loss rises while training loss falls",
+        severity="warning",
+        when=f"validation loss ends above its lowest level by {curve.RISE_OF_LOSS:.1%} of it and three times its "
+        f"jitter, and by {curve.RISE_OF_FALL:.0%} of what it had fallen or steadily, while training loss "
+        f"has lost {curve.MEMORISED:.0%} and falls on",
+        source="guide, Check Loss Curves: Overfitting",
+        needs=("val_loss",),
+        check=curve.overfitting,
+        remedies=REGULARISE,
+        verdict="overfitting",
+    ),
+    Rule(
+        id="widening_gap",
+        title="Training loss falls away from validation loss",
+        severity="warning",
+        when="validation loss no longer falls, and its distance from training loss exceeds all that it has "
+        "fallen, and half of what training loss has",
+        source="guide, Check Loss Curves: growing gap between train and val",
+        needs=("train_loss", "val_loss"),
+        check=curve.widening_gap,
+        remedies=REGULARISE,
+        verdict="overfitting",
+    ),
+    Rule(
+        id="accuracy_gap",
+        title="Training accuracy is far above validation accuracy",
+        severity="warning",
+        when=f"by more than {100 * curve.ACCURACY_GAP:.0f} percentage points, against the upper end of the 95% "
+        "interval of validation accuracy where its scored tokens are counted",
+        source="guide, Check Accuracy Trends: gap > 20%",
+        needs=("train_accuracy", "val_accuracy"),
+        check=curve.accuracy_gap,
+        remedies=REGULARISE,
+        verdict="overfitting",
+    ),
+    Rule(
+        id="low_val_accuracy",
+        title="Validation accuracy is a small part of training accuracy",
+        severity="warning",
+        when=f"below {curve.ACCURACY_SHARE:.0%} of it, even at the upper end of its 95% interval where its scored "
+        "tokens are counted, once training accuracy is five times what guessing reaches",
+        source="guide, Performance Expectations: val accuracy < 20% of train accuracy",
+        needs=("train_accuracy", "val_accuracy"),
+        check=curve.low_val_accuracy,
+        remedies=REGULARISE,
+        verdict="overfitting",
+    ),
+    Rule(
+        id="underfitting",
+        title="Little was learned, in training and validation alike",
+        severity="warning",
+        when=f"validation loss has closed less than {curve.SLOW_CLOSING:.0%} of the gap between counting codes "
+        f"and the best known loss; without these lines, it has lost less than {curve.LITTLE_OF_CHANCE:.0%} of "
+        f"ln(vocabulary), or {curve.LITTLE_OF_FIRST:.0%} of its first value, and falls by less than "
+        f"{curve.FAST:.0%} an epoch",
+        source="guide, Check Loss Curves: Underfitting",
+        needs=("train_loss|val_loss",),
+        check=curve.underfitting,
+        remedies=LEARN_MORE,
+        verdict="underfitting",
+    ),
+    Rule(
+        id="healthy",
+        title="Training and validation loss fall together",
+        severity="info",
+        when=f"over {readings.FEWEST_EPOCHS} epochs or more, and no rule finds overfitting, underfitting, a "
+        "standstill or divergence",
+        source="guide, Check Loss Curves: Healthy Training",
+        needs=("val_loss",),
+        check=curve.healthy,
+        verdict="healthy",
+    ),
+    Rule(
+        id="learning_rate_too_high",
+        title="The learning rate is too high",
+        severity="warning",
+        when="a loss diverges, is not finite or spikes; or the rate is 0.01 or more, where full training and "
+        "LoRA both failed",
+        source="guide, Learning Rate Too High/Low; docs/learning.md for 0.01",
+        needs=("train_loss|val_loss|lr",),
+        check=curve.learning_rate_too_high,
+        remedies=CALM_DOWN,
+    ),
+    Rule(
+        id="learning_rate_too_low",
+        title="The learning rate is too low",
+        severity="warning",
+        when=f"the training loss falls steadily, but by less than {curve.STANDSTILL:.1%} in "
+        f"{readings.FEWEST_EPOCHS} epochs or more; an error once it had {readings.GRACE_EPOCHS} epochs and "
+        f"{readings.GRACE_SHARE:.0%} of the planned ones and is still no better than chance",
+        source="guide, Learning Rate Too High/Low: loss barely decreasing",
+        needs=("train_loss",),
+        check=curve.learning_rate_too_low,
+        remedies=(
+            Remedy("lr", times(10, unknown=1e-3, at_most=HIGHEST_RATE), "larger steps"),
+            Remedy("train_embeddings", lambda current: True if current is False else None, "codes must be readable"),
+            Remedy("train_head", lambda current: True if current is False else None, "codes must be predictable"),
+        ),
+        verdict="stuck_at_chance",
+    ),
+    Rule(
+        id="slow_convergence",
+        title="The loss falls, but slowly",
+        severity="warning",
+        when="the run underfits and its validation loss is still falling",
+        source="guide, Hyperparameter Interaction Matrix: Slow convergence",
+        needs=("train_loss|val_loss",),
+        check=curve.slow_convergence,
+        remedies=(
+            Remedy("lr", times(5, unknown=5e-4, at_most=HIGHEST_RATE), "faster learning"),
+            Remedy("epochs", raise_to(200, then=400), "longer training"),
+        ),
+    ),
+    Rule(
+        id="loss_spikes",
+        title="The loss jumps up and comes back",
+        severity="warning",
+        when=f"in single epochs, by more than {readings.SPIKE:.0%} of itself and twice the difference between "
+        "the epochs before and after",
+        source="guide, If Training is Unstable (Loss spikes, NaN)",
+        needs=("train_loss|val_loss",),
+        check=curve.loss_spikes,
+        remedies=CALM_DOWN,
+    ),
+    Rule(
+        id="noisy_validation",
+        title="Validation loss jumps about more than it moves",
+        severity="warning",
+        when=f"fewer than {readings.FEW_PATIENTS} validation patients (or not known how many), a turn at every "
+        "third epoch or more, and neither fall nor rise beyond three times the jitter",
+        source="guide, Validation Set Too Small",
+        needs=("val_loss",),
+        check=curve.noisy_validation,
+        remedies=(
+            Remedy("num_patients", raise_to(5000, then=10_000), "a larger validation set", simulated),
+            Advice("prepare with a larger tuning share: --split 70/20/10", lambda facts: not simulated(facts)),
+        ),
+    ),
+    Rule(
+        id="no_early_stopping",
+        title="Nothing stops a run that has become worse",
+        severity="warning",
+        when="patience is 0; where the patience is not known, the run overfits and went on for more than 10 epochs",
+        source="guide, Insufficient Regularization: no early stopping",
+        needs=(),
+        check=curve.no_early_stopping,
+        remedies=(Remedy("early_stopping_patience", lambda current: 10 if not current else None, "stops in time"),),
+    ),
+    Rule(
+        id="patience_spent",
+        title="Early stopping ended the run",
+        severity="info",
+        when="validation loss had no new best for the epochs of --early-stopping-patience",
+        source="guide, How to Diagnose: monitor patience counter",
+        needs=("stopped_early", "val_loss"),
+        check=curve.patience_spent,
+    ),
+)
+
+
+def encoder_is_frozen(facts: RunFacts) -> bool:
+    return facts.freeze_base is True
+
+
+TRAIN_EMBEDDINGS = Remedy("train_embeddings", set_to(True), "codes must be readable")
+TRAIN_HEAD = Remedy("train_head", set_to(True), "codes must be predictable")
+START_FROM_A_RUN = Advice("--init-from RUN, to start from a trained model", lambda facts: not facts.pretrained)
+LARGER_BATCHES = Remedy("batch_size", raise_to(setup.BATCH_ON_GPU, then=256), "better use of the GPU")
+
+SETUP_RULES: tuple[Rule, ...] = (
+    Rule(
+        id="too_many_trainable",
+        title="Most of the model is trained although LoRA was asked for",
+        severity="warning",
+        when=f"adapters are there, and more than {setup.MOST_TRAINABLE:.0f}% of the parameters are trainable",
+        source="guide, Too Many Trainable Parameters; Check Parameter Counts; LoRA Not Applied Correctly",
+        needs=("trainable_percent",),
+        check=setup.too_many_trainable,
+        remedies=(
+            Remedy("freeze_base", lambda current: None if current else True, "only adapters train in the encoder"),
+            Remedy(
+                "lora_targets",
+                lambda current: ("query", "key", "value", "output") if current is None else None,
+                "all attention layers",
+            ),
+            Remedy("train_embeddings", set_to(False), "they are trained already", lambda facts: bool(facts.pretrained)),
+            Remedy("train_head", set_to(False), "it is trained already", lambda facts: bool(facts.pretrained)),
+            Advice(
+                "--no-use-lora: embeddings and head alone are more than half of this model, adapters save little",
+                lambda facts: encoder_is_frozen(facts) and not facts.pretrained,
+            ),
+        ),
+    ),
+    Rule(
+        id="trainable_outside_range",
+        title="LoRA on a pre-trained base trains an unusual share",
+        severity="warning",
+        when=f"adapters on a pre-trained base, and trainable parameters below {setup.LEAST_OF_PRETRAINED:.0f}% "
+        f"or above {setup.MOST_OF_PRETRAINED:.0f}%",
+        source="guide, Check Parameter Counts: expected ranges",
+        needs=("trainable_percent", "pretrained"),
+        check=setup.trainable_outside_range,
+        remedies=(
+            Remedy(
+                "train_embeddings",
+                set_to(False),
+                "they are trained already",
+                lambda facts: (facts.trainable_percent or 0) > setup.MOST_OF_PRETRAINED,
+            ),
+            Remedy(
+                "train_head",
+                set_to(False),
+                "it is trained already",
+                lambda facts: (facts.trainable_percent or 0) > setup.MOST_OF_PRETRAINED,
+            ),
+            Remedy(
+                "lora_rank",
+                raise_to(32),
+                "more trainable parameters",
+                lambda facts: (facts.trainable_percent or 0) < setup.LEAST_OF_PRETRAINED,
+            ),
+        ),
+    ),
+    Rule(
+        id="frozen_random_embeddings",
+        title="The embeddings are random and frozen",
+        severity="error",
+        when="they are not trained and no pre-trained run gave them; a warning where it gave all but some codes",
+        source="guide, Embeddings and MLM Head Were Frozen (Critical Bug!)",
+        needs=("train_embeddings", "pretrained"),
+        check=setup.frozen_random_embeddings,
+        remedies=(TRAIN_EMBEDDINGS, START_FROM_A_RUN),
+        foretells="unlearnable",
+    ),
+    Rule(
+        id="frozen_random_head",
+        title="The head is random and frozen",
+        severity="error",
+        when="it is not trained and no pre-trained run gave it; a warning where it gave all but some codes",
+        source="guide, Embeddings and MLM Head Were Frozen (Critical Bug!)",
+        needs=("train_head", "pretrained"),
+        check=setup.frozen_random_head,
+        remedies=(TRAIN_HEAD, START_FROM_A_RUN),
+        foretells="unlearnable",
+    ),
+    Rule(
+        id="lora_on_random_encoder",
+        title="LoRA adapts an encoder that stays random",
+        severity="info",
+        when="adapters on a frozen base that no pre-trained run gave; measured on the simulated cohort, this "
+        "closes as much of the gap as full training within ten epochs",
+        source="docs/learning.md: LoRA on a random base, or everything?",
+        needs=("use_lora", "pretrained"),
+        check=setup.lora_on_random_encoder,
+        remedies=(START_FROM_A_RUN, Advice("--no-use-lora, to train everything")),
+    ),
+    Rule(
+        id="silent_adapters",
+        title="Adapters do not act",
+        severity="error",
+        when="changing an adapter leaves the output as it is, or no gradient reaches it",
+        source="Hu et al., 2021; nn.MultiheadAttention reads the weight of its output projection without calling it",
+        needs=("silent_adapters",),
+        check=setup.silent_adapters,
+        remedies=(
+            Advice(
+                "put adapters on layers whose forward is called; `behrt.apply_lora_to_behrt` does on its own models"
+            ),
+        ),
+        foretells="unlearnable",
+    ),
+    Rule(
+        id="adapters_on_wrong_layers",
+        title="Adapters sit on the wrong layers",
+        severity="warning",
+        when="there are none although LoRA was asked for, or some targets have none, or some sit outside the "
+        "encoder's layers (errors); or they sit on `self_attn.out_proj`, which nn.MultiheadAttention never "
+        "calls",
+        source="guide, LoRA Not Applied Correctly; counts cannot show it",
+        needs=("adapted_layers",),
+        check=setup.adapters_on_wrong_layers,
+        remedies=(
+            Remedy("lora_targets", set_to(("query", "key", "value", "output")), "all attention layers"),
+            Advice("prove that they act: train with `behrt train --use-lora`, whose pre-flight changes each of them"),
+        ),
+    ),
+    Rule(
+        id="no_gradient",
+        title="Trainable parameters get no gradient",
+        severity="error",
+        when="after the first batch a trainable parameter has none, or one of zeros that should not be",
+        source="what is counted as trained must be trained",
+        needs=("without_gradient",),
+        check=setup.without_gradient,
+        remedies=(
+            Advice("look for `detach`, `no_grad` or an unused module on the way from this parameter to the loss"),
+        ),
+        foretells="unlearnable",
+    ),
+    Rule(
+        id="weak_regularisation",
+        title="A large model with weak regularisation",
+        severity="warning",
+        when="model size large with dropout below 0.2 or without weight decay",
+        source="guide, Insufficient Regularization; Summary: How to Fix",
+        needs=("model_size", "dropout|weight_decay"),
+        check=setup.weak_regularisation,
+        remedies=(
+            Remedy("dropout", raise_to(0.2), "0.1 is too weak for a large model"),
+            Remedy("weight_decay", raise_to(0.01), "penalises large weights"),
+            Remedy("early_stopping_patience", lambda current: 10 if not current else None, "stops in time"),
+        ),
+    ),
+    Rule(
+        id="nothing_to_learn",
+        title="The records hold nothing to learn",
+        severity="error",
+        when="a patient's other codes predict a masked code no better than counting does: the 95% interval of "
+        f"the gain does not lie above 0, and ends below {setup.NOTHING:g} nats per masked code",
+        source="guide, Synthetic Data Overfitting; checked against the exact floor in docs/doctor.md",
+        needs=("cooccurrence_gain_low", "cooccurrence_gain_high"),
+        check=setup.nothing_to_learn,
+        remedies=(
+            Remedy("structure", set_to("hmm"), "a cohort with something to learn", simulated),
+            Advice("no flag helps: prepare other records, or coarser codes (`behrt prepare --icd-digits 3`)"),
+            Advice(
+                "prepare more patients: with a few hundred, a weak tie between codes cannot be told from none",
+                lambda facts: (facts.train_patients or 0) < 1000,
+            ),
+        ),
+        verdict="unlearnable",
+    ),
+    Rule(
+        id="small_validation_set",
+        title="The validation set is small",
+        severity="warning",
+        when=f"fewer than {readings.FEW_PATIENTS} patients; evidence: the 95% interval (Wilson, 1927) of the "
+        "accuracy over its scored codes, or over its patients where their number is not known",
+        source="guide, Validation Set Too Small: Rule of Thumb",
+        needs=("val_patients",),
+        check=setup.small_validation_set,
+        remedies=(
+            Remedy("num_patients", raise_to(5000), "a tenth of them validates", simulated),
+            Advice(
+                "prepare more patients, or a larger tuning share: --split 70/20/10", lambda facts: not simulated(facts)
+            ),
+        ),
+    ),
+    Rule(
+        id="truncation",
+        title="Long histories lose tokens",
+        severity="warning",
+        when=f"more than {setup.TRUNCATED:.0%} of the training tokens lie beyond the longest sequence",
+        source="positions that the model does not have it never sees; DESIGN of --max-position auto: at most 512",
+        needs=("truncated_share",),
+        check=setup.truncation,
+        remedies=(Remedy("max_position", raise_to(512, then=1024), "room for longer histories"),),
+    ),
+    Rule(
+        id="too_many_unknown",
+        title="Many codes are [UNK]",
+        severity="warning",
+        when=f"more than {setup.UNKNOWN:.0%} of the training tokens",
+        source="[UNK] is never scored and carries no meaning",
+        needs=("unk_share",),
+        check=setup.too_many_unknown,
+        remedies=(
+            Advice("prepare coarser codes: `behrt prepare --icd-digits 3`"),
+            Advice("prepare more patients, so that more codes reach --min-patients"),
+        ),
+    ),
+    Rule(
+        id="subject_overlap",
+        title="Patients are in training and in validation",
+        severity="error",
+        when="any: validation then rewards memory",
+        source="splits are by patient",
+        needs=("shared_subjects",),
+        check=setup.subject_overlap,
+        remedies=(Advice("prepare the records again: `behrt prepare` splits by patient"),),
+    ),
+    Rule(
+        id="training_masks_fixed",
+        title="Training masks do not change between epochs",
+        severity="error",
+        when="two epochs mask the same tokens of the same patients",
+        source="Liu et al., 2019, RoBERTa: dynamic masking",
+        needs=("training_masks_change",),
+        check=setup.training_masks_fixed,
+        remedies=(Advice("draw the masks anew at every step, as `behrt.masking` does"),),
+    ),
+    Rule(
+        id="validation_masks_change",
+        title="Validation masks change between epochs",
+        severity="warning",
+        when="two drawings of the validation set differ: its losses do not compare",
+        source="validation losses are compared across epochs, runs and trials",
+        needs=("validation_masks_fixed",),
+        check=setup.validation_masks_change,
+        remedies=(Advice("draw the validation masks once, from a constant seed"),),
+    ),
+    Rule(
+        id="too_many_small_batches",
+        title="An epoch has many small batches",
+        severity="warning",
+        when=f"{setup.MANY_BATCHES} steps an epoch or more, of fewer than {setup.BATCH_ON_GPU} patients "
+        f"({setup.BATCH_ON_CPU} on a CPU)",
+        source="guide, Batch Size Too Small",
+        needs=("steps_per_epoch",),
+        check=setup.too_many_small_batches,
+        remedies=(LARGER_BATCHES,),
+    ),
+    Rule(
+        id="slow_epochs",
+        title="Epochs are slow",
+        severity="warning",
+        when=f"more than {setup.SLOW_EPOCH_SECONDS / 60:.0f} minutes an epoch, measured or predicted, on a "
+        "device that is no CPU",
+        source="guide, Monitor Training Speed: >10 min/epoch on A40",
+        needs=("epoch_seconds|epoch_seconds_predicted",),
+        check=setup.slow_epochs,
+        remedies=(LARGER_BATCHES,),
+    ),
+    Rule(
+        id="out_of_memory",
+        title="Memory does not suffice",
+        severity="error",
+        when=f"the run ended for want of memory; or the estimate exceeds {setup.FULL_MEMORY:.0%} of what is free "
+        f"(a warning), or {setup.HOPELESS_MEMORY:g} times it (an error)",
+        source="guide, Monitor Training Speed: OOM errors; Interaction Matrix",
+        needs=("out_of_memory|memory_needed",),
+        check=setup.out_of_memory,
+        remedies=(
+            Remedy("batch_size", lambda current: 64 if current is None else max(current // 2, 1), "reduces memory"),
+            Remedy("accumulation_steps", lambda current: 2 * (current or 1), "the same step in smaller parts"),
+            Remedy(
+                "model_size", lambda current: {"large": "medium", "medium": "small"}.get(current), "a smaller model"
+            ),
+            Remedy("max_position", lower_to(256), "shorter histories"),
+        ),
+    ),
+)
+
+RULES = (*CURVE_RULES, *SETUP_RULES)

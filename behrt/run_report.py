@@ -1,0 +1,138 @@
+"""What is told of a training run: before its first epoch, while it goes on, and when it is over?
+
+The same for every recipe. A `Listener` hears it as it happens; a `RunResult` is what the recipe returns and what
+`run.json` keeps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from behrt.checkpoints import Transplant
+from behrt.config import ExperimentSettings
+from behrt.doctor.checkup import Checkup
+from behrt.doctor.diagnosis import Diagnosis
+from behrt.doctor.rule import Finding
+from behrt.history import Baselines, EpochRecord, finite
+from behrt.metrics import closed_gap
+from behrt.model import BEHRTForMaskedLM
+from behrt.parameters import ParameterCounts
+from behrt.tracking import RunStatus, shown_uri
+
+
+class Listener:
+    """What a person sees of a run while it goes on; here: nothing. The command line prints."""
+
+    def preparing(self, stage: str, done: int, total: int) -> None:
+        """Progress of preparing a simulated cohort."""
+
+    def started(self, start: RunStart) -> None:
+        """Everything is set up; the pre-flight comes next."""
+
+    def examined(self, checkup: Checkup) -> None:
+        """The pre-flight is done; unless it refuses, the first epoch comes next."""
+
+    def step(self, step: int, steps: int) -> None:
+        """An optimizer step of the current epoch is done."""
+
+    def epoch(self, record: EpochRecord) -> None:
+        """An epoch is done."""
+
+    def found(self, finding: Finding) -> None:
+        """The epoch showed something new."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStart:
+    """What is known of a run before its first epoch; `dataset` has the `name` and `digest` of the prepared records."""
+
+    experiment: str
+    folder: Path
+    run_id: str
+    dataset: dict[str, str]
+    settings: ExperimentSettings
+    device: str
+    precision: str
+    max_position: int
+    vocab_size: int
+    patients: dict[str, int]
+    steps_per_epoch: int
+    baselines: Baselines
+    counts: ParameterCounts
+    transplant: Transplant | None
+    truncated_share: float
+
+
+@dataclass(kw_only=True)
+class RunResult:
+    """What came of a run; `model` has the weights of the best epoch when it is finished.
+
+    Attributes:
+        checkup: what is known of the run, and its diagnosis.
+        refused: whether the pre-flight kept it from training.
+        lost_to: the finding that ended it, where one did.
+    """
+
+    start: RunStart
+    model: BEHRTForMaskedLM
+    checkup: Checkup
+    status: RunStatus = "FAILED"
+    refused: bool = False
+    lost_to: Finding | None = None
+    best: EpochRecord | None = None
+    last: EpochRecord | None = None
+    stopped_early: bool = False
+    seconds: float = 0.0
+    tracking_uri: str = field(default_factory=shown_uri)
+    tracking_complete: bool = True
+
+    @property
+    def diagnosis(self) -> Diagnosis:
+        return self.checkup.diagnosis
+
+    @property
+    def closed_gap(self) -> float | None:
+        """Share of the gap between unigram and floor that the best epoch closed; None where no floor is known."""
+        baselines = self.start.baselines
+        if self.best is None or baselines.floor_loss is None:
+            return None
+        return closed_gap(self.best.val_loss, baselines.unigram_loss, baselines.floor_loss)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The form of `run.json` and of `behrt train --json`; figures that are not finite are None."""
+        start, best, last = self.start, self.best, self.last
+        values: dict[str, Any] = finite(
+            {
+                "run_id": start.run_id,
+                "experiment": start.experiment,
+                "dataset": start.dataset,
+                "tracking_uri": self.tracking_uri,
+                "tracking_complete": self.tracking_complete,
+                "status": self.status,
+                "verdict": self.diagnosis.verdict,
+                "severity": self.diagnosis.severity,
+                "refused": self.refused,
+                "lost_to": self.lost_to.rule if self.lost_to else None,
+                "best_epoch": best.epoch if best else None,
+                "best_val_loss": best.val_loss if best else None,
+                "best_val_accuracy": best.val_accuracy if best else None,
+                "closed_gap": self.closed_gap,
+                "epochs": last.epoch if last else 0,
+                "last": last.figures() if last else None,
+                "stopped_early": self.stopped_early,
+                "seconds": round(self.seconds, 3),
+                "baselines": start.baselines.figures(),
+                "parameters": dict(start.counts),
+                "device": start.device,
+                "precision": start.precision,
+                "max_position": start.max_position,
+                "vocab_size": start.vocab_size,
+                "patients": start.patients,
+                "transplant": asdict(start.transplant) if start.transplant else None,
+                "facts": self.checkup.facts.known(),
+                "settings": start.settings.model_dump(mode="json", exclude={"note"}),
+            }
+        )
+        return values

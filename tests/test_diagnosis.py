@@ -1,0 +1,222 @@
+"""Is there an answer for every history, and does the answer hold what it promises?"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+
+from behrt.cli import main
+from behrt.doctor.curves import Curve, curves_of_history, movement, slope
+from behrt.doctor.diagnosis import VERDICTS, diagnose, markdown
+from behrt.doctor.facts import RunFacts, completed, with_flags
+from behrt.doctor.rule import SEVERITIES, Verdict
+
+NAN = math.nan
+
+
+def run(**curves: list[float]) -> RunFacts:
+    return RunFacts(curves={name: Curve.of(enumerate(values, 1)) for name, values in curves.items()}, finished=True)
+
+
+def falling(epochs: int, low: float = 4.0) -> list[float]:
+    return [low + (6.9 - low) * math.exp(-4 * epoch / epochs) for epoch in range(epochs)]
+
+
+HISTORIES: dict[str, tuple[dict[str, list[tuple[float, float | None]]], str]] = {
+    "one epoch": ({"train_loss": [(1, 6.9)], "val_loss": [(1, 6.9)]}, "inconclusive"),
+    "one epoch that is NaN": ({"train_loss": [(1, None)], "val_loss": [(1, None)]}, "diverged"),
+    "nothing but NaN": ({"val_loss": [(epoch, None) for epoch in range(9)]}, "diverged"),
+    "two epochs": ({"train_loss": [(1, 6.9), (2, 6.8)], "val_loss": [(1, 6.9), (2, 6.8)]}, "inconclusive"),
+    "gaps": ({"train_loss": [(1, 6.9), (7, 6.0), (20, 5.0)], "val_loss": [(1, 6.9), (7, 6.1), (20, 5.2)]}, "healthy"),
+    "zero-based": ({"val_loss": list(enumerate(falling(30)))}, "healthy"),
+    "missing validation": ({"train_loss": list(enumerate(falling(30)))}, "inconclusive"),
+    "validation at every fifth epoch": (
+        {"train_loss": list(enumerate(falling(30))), "val_loss": list(enumerate(falling(30)))[::5]}, "healthy"
+    ),
+    "validation alone that turns": (
+        {"val_loss": list(enumerate([6.9, 6.0, 5.5, 5.4, 5.6, 5.9, 6.2]))}, "overfitting"
+    ),
+    "no loss at all": ({"learning_rate": [(1, 1e-3), (2, 1e-3)]}, "inconclusive"),
+    "empty": ({}, "inconclusive"),
+    "all zero": ({"train_loss": [(e, 0.0) for e in range(9)], "val_loss": [(e, 0.0) for e in range(9)]}, "healthy"),
+    "one NaN in the middle": (
+        {"train_loss": [(e, None if e == 4 else v) for e, v in enumerate(falling(20))]}, "diverged"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HISTORIES)
+def test_every_history_gets_an_answer(name: str) -> None:
+    points, verdict = HISTORIES[name]
+    diagnosis = diagnose(RunFacts(curves={key: Curve.of(values) for key, values in points.items()}, finished=True))
+    if name != "all zero":  # nonsense may be called anything
+        assert diagnosis.verdict == verdict
+    json.dumps(diagnosis.as_dict(), allow_nan=False)
+    assert markdown(diagnosis).startswith(f"# Diagnosis: {diagnosis.verdict}")
+
+
+def test_ten_thousand_epochs_get_an_answer() -> None:
+    diagnosis = diagnose(run(train_loss=falling(10_000), val_loss=[value + 0.05 for value in falling(10_000)]))
+    assert diagnosis.verdict == "healthy"
+
+
+def test_any_numbers_at_any_epochs_get_an_answer_that_json_can_hold() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        names = rng.choice(
+            ["train_loss", "val_loss", "train_accuracy", "val_accuracy", "gradient_norm", "epoch_seconds"],
+            size=rng.integers(0, 7),
+        )
+        curves = {}
+        for name in names:
+            count = int(rng.integers(0, 12))
+            values = rng.choice([0.0, 1.0, 6.9, -3.0, 1e300, 1e-300, NAN, math.inf], size=count)
+            curves[str(name)] = Curve.of(zip(rng.normal(size=count) * 10, values, strict=True))
+        known = {key: value for key, value in {"vocab_size": 1000, "epochs": 3}.items() if rng.random() < 0.5}
+        diagnosis = diagnose(RunFacts(curves=curves, finished=bool(rng.random() < 0.5), **known))
+        json.dumps(diagnosis.as_dict())
+        assert diagnosis.verdict in VERDICTS
+
+
+def test_a_verdict_is_one_of_seven_and_causes_come_before_consequences() -> None:
+    assert set(VERDICTS) == set(get_args(Verdict))
+    facts = run(train_loss=falling(20, low=1.0), val_loss=[6.9 + 0.05 * epoch for epoch in range(20)])
+    assert diagnose(facts).verdict == "overfitting"
+    unlearnable = RunFacts(curves=facts.curves, cooccurrence_gain_low=-0.001, cooccurrence_gain_high=0.001)
+    diagnosis = diagnose(unlearnable)
+    assert diagnosis.verdict == "unlearnable"
+    assert {"nothing_to_learn", "overfitting"} <= {finding.rule for finding in diagnosis.findings}
+    assert diagnosis.severity == "error"
+
+
+def test_what_gives_the_verdict_comes_first_then_the_worst() -> None:
+    facts = run(train_loss=falling(20, low=1.0), val_loss=[6.9 + 0.05 * epoch for epoch in range(20)])
+    findings = diagnose(RunFacts(curves=facts.curves, shared_subjects=3, stopped_early=True)).findings
+    assert findings[0].verdict == "overfitting"
+    rest = [SEVERITIES.index(finding.severity) for finding in findings if finding.verdict != "overfitting"]
+    assert rest == sorted(rest, reverse=True)
+    assert findings[-1].rule == "patience_spent"
+
+
+def test_a_run_in_its_grace_is_warned_and_past_it_lost() -> None:
+    flat = [6.91, 6.90] * 15
+    for epochs, planned, expected in ((9, 20, "warning"), (10, 20, "error"), (29, 100, "warning"), (30, 100, "error")):
+        curve = Curve.of(enumerate(flat[:epochs], 1))
+        diagnosis = diagnose(RunFacts(curves={"val_loss": curve}, epochs=planned, vocab_size=1000, finished=False))
+        assert (diagnosis.verdict, diagnosis.severity) == ("stuck_at_chance", expected)
+
+
+def test_a_run_at_the_unigram_loss_is_stuck_though_it_is_far_below_chance() -> None:
+    val_loss = [6.9, 6.2, *[5.98, 5.97] * 6]
+    facts = RunFacts(curves={"val_loss": Curve.of(enumerate(val_loss, 1))}, vocab_size=1000, finished=True)
+    assert diagnose(facts).verdict == "healthy"
+    known = RunFacts(curves=facts.curves, vocab_size=1000, unigram_loss=5.97, finished=True)
+    assert diagnose(known).verdict == "stuck_at_chance"
+
+
+def test_learning_to_copy_shown_codes_is_no_learning() -> None:
+    val_loss = [6.91, 6.8, 6.6, 6.45, 6.41, 6.40, 6.40, 6.40, 6.40, 6.40]  # on random codes; unigram 6.907
+    curve = Curve.of(enumerate(val_loss, 1))
+    known: dict[str, Any] = {"curves": {"val_loss": curve}, "vocab_size": 1000, "finished": True, "unigram_loss": 6.907}
+    assert diagnose(RunFacts(**known, copying_loss=6.40)).verdict == "stuck_at_chance"
+    assert diagnose(RunFacts(**known, copying_loss=6.60)).verdict == "healthy"
+
+
+def test_where_the_floor_is_known_a_quarter_of_the_gap_separates_little_from_enough() -> None:
+    for low, expected in ((5.4, "underfitting"), (5.2, "healthy")):
+        curve = Curve.of(enumerate(falling(20, low), 1))
+        facts = RunFacts(curves={"val_loss": curve}, vocab_size=1000, copying_loss=6.0, floor_loss=3.5, finished=True)
+        assert diagnose(facts).verdict == expected
+
+
+def test_a_spike_that_recovers_is_a_warning_and_leaves_the_verdict() -> None:
+    losses = falling(30)
+    losses[12] *= 2
+    diagnosis = diagnose(run(train_loss=losses, val_loss=losses))
+    assert diagnosis.verdict == "healthy"
+    assert "loss_spikes" in {finding.rule for finding in diagnosis.findings}
+    assert diagnosis.severity == "warning"
+
+
+def test_a_low_accuracy_of_few_scored_tokens_is_no_overfitting() -> None:
+    facts = run(train_accuracy=[0.10], val_accuracy=[0.01])
+    assert diagnose(facts).verdict == "overfitting"
+    assert diagnose(RunFacts(curves=facts.curves, val_scored=100)).verdict == "inconclusive"  # 1 of 100: up to 5.4%
+    assert diagnose(RunFacts(curves=facts.curves, val_scored=2000)).verdict == "overfitting"
+
+
+def test_a_slow_fall_near_chance_is_no_beginning_where_embeddings_and_head_stay_random() -> None:
+    curve = Curve.of(enumerate(np.linspace(6.97, 6.84, 20), 1))
+    known: dict[str, Any] = {"curves": {"val_loss": curve, "train_loss": curve}, "vocab_size": 1000, "finished": True}
+    assert diagnose(RunFacts(**known)).verdict == "underfitting"
+    assert diagnose(RunFacts(**known, train_embeddings=False, train_head=False)).verdict == "stuck_at_chance"
+
+
+def test_facts_follow_from_facts() -> None:
+    facts = completed(RunFacts(vocab_size=1000, total_parameters=200, trainable_parameters=20, lora_parameters=2))
+    assert facts.chance_loss == pytest.approx(math.log(1000))
+    assert (facts.trainable_percent, facts.use_lora) == (10.0, True)
+    assert completed(RunFacts(chance_loss=1.0, vocab_size=1000)).chance_loss == 1.0
+
+
+def test_flags_go_over_the_record() -> None:
+    facts = with_flags(RunFacts(dropout=0.1, lr=1e-3), {"dropout": 0.2, "init_from": "somewhere", "val_patients": 7})
+    assert (facts.dropout, facts.lr, facts.pretrained, facts.val_patients) == (0.2, 1e-3, True, 7)
+
+
+def test_levels_are_read_off_the_curve_by_hand() -> None:
+    curve = Curve.of(enumerate([8.0, 6.0, 4.0, 5.0, 6.0, 6.0, 6.0, 6.0], 1))
+    moved = movement(curve)
+    assert (moved.start, moved.low, moved.low_epoch, moved.end, moved.rise, moved.fall) == (8, 4, 3, 6, 2, 2)
+    assert moved.noise == 0
+    jumpy = movement(Curve.of(enumerate([8.0, 6.0, 7.0, 4.0], 1)))  # 6 and 7 meet at 6.5
+    assert jumpy.noise == pytest.approx(math.sqrt(0.5 / 4))
+
+
+def test_the_slope_is_that_of_least_squares() -> None:
+    rng = np.random.default_rng(1)
+    x, y = np.sort(rng.normal(size=40)), rng.normal(size=40)
+    (rate, _), covariance = np.polyfit(x, y, 1, cov="unscaled")
+    residuals = y - np.polyval(np.polyfit(x, y, 1), x)
+    error = math.sqrt(covariance[0, 0] * (residuals @ residuals) / 38)
+    assert slope(Curve(x, y)) == pytest.approx((rate, error))
+
+
+def test_a_history_file_is_diagnosed_in_both_forms(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    history = {
+        name: [{"epoch": e, "value": v} for e, v in enumerate(falling(20), 1)] for name in ("train_loss", "val_loss")
+    }
+    (tmp_path / "metrics_history.json").write_text(json.dumps(history))
+    assert main(["doctor", str(tmp_path / "metrics_history.json"), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert list(printed) == ["verdict", "findings", "not_checked"]
+    assert printed == diagnose(RunFacts(curves=curves_of_history(history), finished=True)).as_dict()
+    assert main(["doctor", str(tmp_path / "metrics_history.json")]) == 0
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "Diagnosis: healthy" in output.err
+    assert "not known: " in output.err
+
+
+def test_mistakes_of_the_doctors_command_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "a.csv").write_text("epoch,val_loss\n1,6.9\n")
+    mistakes = (
+        ["doctor"], ["doctor", "--explain", "overfiting"], ["doctor", str(tmp_path / "nothing")],
+        ["doctor", str(tmp_path / "a.csv"), "--map", "val_loss"], ["doctor", str(tmp_path / "a.csv"), "--dropout", "7"],
+        ["doctor", str(tmp_path / "a.csv"), "--map", "val_loss=nowhere"],
+    )  # fmt: skip
+    for arguments in mistakes:
+        assert main(arguments) == 2, arguments
+        assert len(capsys.readouterr().err.splitlines()) == 1, arguments
+    assert main(["doctor", "--explain", "overfiting"]) == 2
+    assert "did you mean 'overfitting'?" in capsys.readouterr().err
+
+
+def test_the_rules_can_be_listed_and_explained(capsys: pytest.CaptureFixture) -> None:
+    assert main(["doctor", "--list"]) == 0
+    assert "nothing_to_learn" in capsys.readouterr().out
+    assert main(["doctor", "--explain", "overfitting"]) == 0
+    assert "`--dropout 0.3`" in capsys.readouterr().out
