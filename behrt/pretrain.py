@@ -191,21 +191,19 @@ def pretrain(
             "device": device,
             "precision": precision,
         }
-        model.to(device)
-        trainer = Trainer(model, masked_lm_loss, **batches, settings=settings.training, on_step=listener.step)
         keep = partial(save_checkpoint, model=model, vocabulary=records.data.vocabulary, base=base)
-        result = RunResult(start=start, model=model, checkup=Checkup(RunFacts()))
+        result = RunResult(start=start, model=model, checkup=Checkup(RunFacts(finished=False)))
         with _ending(result, run_folder, tracked, started):
             _log_start(start, tracked, records)
             listener.started(start)
-            probed: dict[str, Any] = {}
+            model.to(device)
+            trainer = Trainer(model, masked_lm_loss, **batches, settings=settings.training, on_step=listener.step)
             with tolerated("the pre-flight"):
                 probed = probe(model, masked_lm_loss, **batches, adaptation=settings.adaptation)
-            result.checkup = Checkup(
-                facts_before_training(
+                facts = facts_before_training(
                     settings, records, baselines, transplanted, vocab_size=model.config.vocab_size, probed=probed
                 )
-            )
+                result.checkup = Checkup(facts)
             _log_diagnosis(result, run_folder, tracked)
             listener.examined(result.checkup)
             if result.diagnosis.of_severity("error") and not force:
@@ -265,13 +263,14 @@ def _train(
         if record.is_best:
             result.best = record
             keep(run_folder.checkpoints / "best", epoch=record.epoch)
+        before = checkup.diagnosis
         new = checkup.update(run_folder.history)
         run_folder.write_run(**{**result.as_dict(), "status": "RUNNING"})
         tracked.log_figures(record.figures(), step=record.epoch)
         listener.epoch(record)
         for finding in new:
             listener.found(finding)
-        if new:
+        if new or checkup.diagnosis.verdict != before.verdict:
             _log_diagnosis(result, run_folder, tracked)
         if start.settings.training.stop_on != "never":
             result.lost_to = checkup.reason_to_stop(start.settings.training.stop_on)
@@ -282,12 +281,18 @@ def _train(
             last_plot = time.perf_counter()
     trainer.restore_best()
     result.stopped_early = trainer.stopping.should_stop
-    result.status = "FINISHED" if result.last is not None and result.last.is_finite else "FAILED"
+    if result.stopped_early and start.settings.training.stop_on != "never":
+        # Patience may end a run that never learned before its grace is over: that is no success.
+        checkup.update(run_folder.history, finished=True, stopped_early=True)
+        result.lost_to = checkup.reason_to_stop("error")
+    is_finite = result.last is not None and result.last.is_finite
+    result.status = "FINISHED" if is_finite and result.lost_to is None else "FAILED"
 
 
 def _log_diagnosis(result: RunResult, run_folder: RunFolder, tracked: TrackedRun) -> None:
     """The diagnosis so far, on disk and as the tags by which runs are filtered."""
-    run_folder.write_diagnosis(result.diagnosis.as_dict(), markdown(result.diagnosis))
+    with tolerated("writing the diagnosis"):
+        run_folder.write_diagnosis(result.diagnosis.as_dict(), markdown(result.diagnosis))
     tracked.tag({"diagnosis": result.diagnosis.verdict, "severity": result.diagnosis.severity})
 
 
@@ -307,8 +312,7 @@ def _ending(result: RunResult, run_folder: RunFolder, tracked: TrackedRun, start
     finally:
         result.seconds = time.perf_counter() - started
         if not result.refused:
-            over = result.status == "FINISHED"
-            result.checkup.update(run_folder.history, finished=over, stopped_early=result.stopped_early)
+            result.checkup.update(run_folder.history, finished=True, stopped_early=result.stopped_early)
         try:
             _log_diagnosis(result, run_folder, tracked)
             draw_curves(run_folder.history, result.start.baselines, run_folder.plots, title=result.start.experiment)

@@ -155,6 +155,48 @@ def test_a_slow_fall_near_chance_is_no_beginning_where_embeddings_and_head_stay_
     assert diagnose(RunFacts(**known, train_embeddings=False, train_head=False)).verdict == "stuck_at_chance"
 
 
+def test_a_jump_at_the_last_epoch_alone_is_no_turn_yet() -> None:
+    train = [6.9, 6.4, 5.9, 5.5, 5.2, 5.0, 4.8]
+    val = [6.9, 6.5, 6.0, 5.6, 5.3, 5.6]
+    assert diagnose(run(train_loss=train[:6], val_loss=val)).verdict == "healthy"
+    assert diagnose(run(train_loss=train, val_loss=[*val, 5.8])).verdict == "overfitting"
+
+
+def test_a_loss_above_chance_that_falls_is_not_diverging() -> None:
+    for losses in ([9.5, 8.9], [9.5, 9.1, 8.7, 8.3, 8.0, 7.65]):
+        curve = Curve.of(enumerate(losses, 1))
+        assert diagnose(RunFacts(curves={"train_loss": curve}, vocab_size=1000)).verdict != "diverged"
+    exploded = Curve.of(enumerate([9.5, 37.0, 55.0, 43.0, 61.0], 1))
+    assert diagnose(RunFacts(curves={"train_loss": exploded}, vocab_size=1000)).verdict == "diverged"
+
+
+def test_negative_losses_are_no_cross_entropies_and_no_rule_speaks_of_them() -> None:
+    diagnosis = diagnose(run(train_loss=[-1.0, -1.02, -1.03, -1.04, -1.05], val_loss=[-2.0] * 5))
+    assert (diagnosis.verdict, diagnosis.findings) == ("inconclusive", ())
+    assert "overfitting" in {skipped.rule for skipped in diagnosis.not_checked}
+
+
+def test_a_learned_model_that_hardly_moves_any_more_is_not_stuck_at_chance() -> None:
+    late = Curve.of(enumerate(np.linspace(3.00, 2.975, 10), 1))
+    known: dict[str, Any] = {"curves": {"train_loss": late, "val_loss": late}, "finished": True}
+    assert diagnose(RunFacts(**known, vocab_size=1000, unigram_loss=5.5)).verdict != "stuck_at_chance"
+    assert diagnose(RunFacts(**known)).verdict != "stuck_at_chance"  # no vocabulary of codes is that small
+    from_the_middle = Curve.of(enumerate(np.linspace(6.00, 5.97, 10), 50))
+    assert diagnose(RunFacts(curves={"train_loss": from_the_middle}, finished=True)).verdict != "stuck_at_chance"
+
+
+def test_records_on_which_a_model_has_beaten_counting_hold_something() -> None:
+    doubt: dict[str, Any] = {"cooccurrence_gain_low": -0.001, "cooccurrence_gain_high": 0.01, "unigram_loss": 6.8}
+    learned = {"val_loss": Curve.of(enumerate(falling(20, low=3.1), 1))}
+    assert diagnose(RunFacts(**doubt)).verdict == "unlearnable"
+    assert diagnose(RunFacts(curves=learned, **doubt, finished=True)).verdict == "healthy"
+
+
+def test_the_first_gradient_must_be_finite() -> None:
+    diagnosis = diagnose(RunFacts(gradient_not_finite=("head.decoder.weight",), first_loss=6.9))
+    assert (diagnosis.verdict, diagnosis.severity) == ("unlearnable", "error")
+
+
 def test_facts_follow_from_facts() -> None:
     facts = completed(RunFacts(vocab_size=1000, total_parameters=200, trainable_parameters=20, lora_parameters=2))
     assert facts.chance_loss == pytest.approx(math.log(1000))
@@ -165,6 +207,12 @@ def test_facts_follow_from_facts() -> None:
 def test_flags_go_over_the_record() -> None:
     facts = with_flags(RunFacts(dropout=0.1, lr=1e-3), {"dropout": 0.2, "init_from": "somewhere", "val_patients": 7})
     assert (facts.dropout, facts.lr, facts.pretrained, facts.val_patients) == (0.2, 1e-3, True, 7)
+
+
+def test_the_device_can_be_told() -> None:
+    slow = RunFacts(curves={"epoch_seconds": Curve.of([(1, 900.0)])})
+    assert "slow_epochs" in {finding.rule for finding in diagnose(slow).findings}
+    assert diagnose(with_flags(slow, {"device": "cpu"})).findings == ()
 
 
 def test_levels_are_read_off_the_curve_by_hand() -> None:

@@ -114,7 +114,7 @@ def test_the_guides_overfitting_run_is_read_with_its_gap() -> None:
         "val_loss": [(1, 6.9181), (2, 6.9157), (10, 7.0427), (20, 7.1356), (21, 7.1442)],
         "val_accuracy": [(1, 0.0012), (2, 0.0010), (10, 0.0011), (20, 0.0010), (21, 0.0012)],
     }
-    assert facts_of(OBSERVED).known() == {"finished": True, "epochs": 100}
+    assert facts_of(OBSERVED).known() == {"epochs": 100}  # it stands at 21: whether it is over is not known
 
 
 @pytest.mark.parametrize(
@@ -354,3 +354,20 @@ def test_no_line_takes_more_than_linear_time(filler: str) -> None:
 
 def test_names_are_compared_without_their_punctuation() -> None:
     assert {plain(name) for name in ("val_loss", "Val/Loss", "VAL-LOSS", " val.loss ", "val loss")} == {"val_loss"}
+
+
+def test_of_two_runs_in_one_log_the_last_counts(caplog: pytest.LogCaptureFixture) -> None:
+    first = [f"Epoch {epoch} | Train Loss: {7 - epoch / 10} | Val Loss: 7" for epoch in range(1, 9)]
+    second = [f"Epoch {epoch} | Train Loss: 6.9 | Val Loss: 6.8" for epoch in range(1, 4)]
+    assert curves_in("\n".join(first + second))["train_loss"] == [(1, 6.9), (2, 6.9), (3, 6.9)]
+    assert "begin anew" in caplog.text
+
+
+def test_names_and_values_that_may_be_a_patients_are_not_shown() -> None:
+    with pytest.raises(UserError) as refused:
+        read_log(b"10023771,2019-04-02 10:00:00,ICD10CM//F20.0\n1,2,3\n", where="t.csv", columns={})
+    for private in ("10023771", "2019", "F20"):
+        assert private not in str(refused.value)
+    with pytest.raises(UserError) as refused:
+        read_log(b"epoch,val_loss\n1,F20.0\n", where="t.csv", columns={})
+    assert "F20" not in str(refused.value)

@@ -95,6 +95,9 @@ CASES = {
         silent_facts={"adapted_layers": ("encoder.layers.0.attention.output",), "missing_adapters": 0},
     ),
     "no_gradient": Case(facts={"without_gradient": ("head.decoder.bias",)}, silent_facts={"without_gradient": ()}),
+    "gradient_not_finite": Case(
+        facts={"gradient_not_finite": ("head.decoder.bias",)}, silent_facts={"gradient_not_finite": ()}
+    ),
     "weak_regularisation": Case(
         facts={"model_size": "large", "dropout": 0.1}, silent_facts={"model_size": "large", "dropout": 0.2}
     ),
@@ -185,13 +188,31 @@ def test_a_remedy_that_is_in_force_already_goes_one_step_further_or_is_left_out(
         curves=drawn, dropout=0.3, weight_decay=0.1, early_stopping_patience=5, use_lora=False, model_size="small",
         num_patients=20_000,
     )  # fmt: skip
-    assert diagnose(facts).findings[0].remedies == ("--dropout 0.3 → 0.4",)
+    assert diagnose(facts).findings[0].remedies == ("--dropout 0.3 → 0.4", "train on more patients")
 
 
 def test_patients_are_no_flag_where_records_are_prepared() -> None:
     remedies = diagnose(RunFacts(val_patients=10, data="data/mine")).findings[0].remedies
     assert not any(text.startswith("--num-patients") for text in remedies)
     assert remedies
+
+
+def test_no_remedy_is_a_flag_that_the_run_could_not_take() -> None:
+    overfitted = {name: Curve.of(enumerate(v, 1)) for name, v in {"train_loss": FALLING, "val_loss": RISING}.items()}
+    pretrained = diagnose(RunFacts(curves=overfitted, pretrained=True, model_size="large")).findings[0].remedies
+    assert not any(text.startswith("--model-size") for text in pretrained)  # the shape is that of --init-from
+    some = diagnose(RunFacts(curves=overfitted, max_patients=500, num_patients=5000)).findings[0].remedies
+    assert "--max-patients 500 → 1000" in some
+    assert not any(text.startswith("--num-patients") for text in some)
+    full = diagnose(RunFacts(out_of_memory=True, batch_size=32, accumulation_steps=32)).findings[0].remedies
+    assert full[0] == "--batch-size 32 → 16"
+    assert not any(text.startswith("--accumulation-steps") for text in full)
+
+
+def test_an_m1_is_not_told_the_batch_size_of_an_a40() -> None:
+    assert "too_many_small_batches" not in rules_found({"steps_per_epoch": 250, "batch_size": 16, "device": "mps"}, {})
+    found = diagnose(RunFacts(steps_per_epoch=250, batch_size=8, device="mps")).findings
+    assert found[0].remedies == ("--batch-size 8 → 16",)
 
 
 def test_an_explanation_says_when_why_and_what_helps() -> None:

@@ -18,8 +18,11 @@ from behrt.doctor.readings import (
     CLEAR,
     FEW_PATIENTS,
     FEWEST_EPOCHS,
+    STANDSTILL,
     VISIBLE,
     accuracy_interval,
+    began_at_chance,
+    best_known_loss,
     both_ends_are_random,
     chance_of,
     closed_share,
@@ -40,8 +43,6 @@ from behrt.doctor.readings import (
 )
 from behrt.doctor.rule import Severity, Symptom
 
-STANDSTILL = 0.01
-"""A loss that lost less than this share of itself has not moved."""
 LITTLE_OF_CHANCE, LITTLE_OF_FIRST = 0.09, 0.06
 """A loss that lost less than this share of ln(vocabulary) has learned little; where that is not known, of its first
 value, which has the first epoch behind it."""
@@ -54,6 +55,8 @@ RISE_OF_LOSS = 0.005
 """A validation loss has risen by more than noise and chance of the lowest epoch when both shares are passed."""
 EXPLODED = 0.10
 """A training loss that ends this share above where it began is no longer being minimised."""
+GONE = 1.5
+"""A run that is over at this multiple of where it began ended in an explosion, be it in its last epoch alone."""
 ERRATIC = 0.05
 """A loss whose jitter is this share of itself, and that does not fall, is thrown about by its own steps."""
 ACCURACY_GAP = 0.20
@@ -83,11 +86,15 @@ def diverged(facts: RunFacts) -> Symptom | None:
     moved = movement(curve)
     top = start_loss(facts, moved)
     # Several epochs, so that a jump at the end is no divergence yet.
-    lowest_of_tail = float(curve.values[-max(2, moved.width) :].min())
-    exploded = lowest_of_tail > (1 + EXPLODED) * top
+    lowest_of_tail = float(curve.values[-min(max(2, moved.width), 3) :].min())
+    gone_at_last = bool(facts.finished) and curve.values[-1] > GONE * max(top, moved.start)
+    above_start = lowest_of_tail > (1 + EXPLODED) * max(top, moved.start)
+    stays_above_chance = lowest_of_tail > (1 + EXPLODED) * top and spans_enough(curve) and not is_falling(curve, moved)
+    exploded = gone_at_last or above_start or stays_above_chance
     halfway = moved.low + max(0.5 * (top - moved.low), MEMORISED * top)
     collapsed = train is not None and spans_enough(curve) and lowest_of_tail > halfway
-    erratic = spans_enough(curve) and moved.noise > ERRATIC * moved.low and not is_falling(curve, moved)
+    thrown_about = moved.noise > ERRATIC * top and moved.rise > ERRATIC * moved.low
+    erratic = spans_enough(curve) and thrown_about and not is_falling(curve, moved)
     if not (exploded or collapsed or erratic):
         return None
     return Symptom(
@@ -108,7 +115,8 @@ def _is_at(chance: float, facts: RunFacts, moved: Movement, *, moves: bool, stan
     The less it moves, the farther below it may lie by the luck of its validation set; and no slow fall is a beginning
     where embeddings and head stay random.
     """
-    if both_ends_are_random(facts) or (stands and not moves):
+    jitters = moved.start - moved.low < max(VISIBLE * moved.start, 5 * moved.noise)
+    if both_ends_are_random(facts) or (jitters and not moves):
         share = 3 * STANDSTILL
     else:
         share = VISIBLE if moves and not stands else STANDSTILL
@@ -121,7 +129,7 @@ def stuck_at_chance(facts: RunFacts) -> Symptom | None:
     if curve is None or not spans_enough(curve):
         return None
     moved = movement(curve)
-    if diverged(facts) or _memorises(facts) or learning_rate_too_low(facts):
+    if diverged(facts) or _memorises(facts) or overfitting(facts) or learning_rate_too_low(facts):
         return None
     chance, counting = chance_of(facts), counting_loss(facts)
     moves = is_falling(curve, moved)
@@ -131,7 +139,7 @@ def stuck_at_chance(facts: RunFacts) -> Symptom | None:
         near = "chance"
     elif counting is not None and moved.low >= (1 - VISIBLE) * counting and not moves:
         near = "counting codes"
-    elif chance is None and counting is None and not facts.pretrained and stands:
+    elif chance is None and counting is None and stands and began_at_chance(facts, curve):
         near = "where it began"
     if near is None:
         return None
@@ -149,24 +157,25 @@ def stuck_at_chance(facts: RunFacts) -> Symptom | None:
     )
 
 
-def _memorises(facts: RunFacts) -> bool:
-    """Whether the training loss falls for real, whatever validation does."""
+def _memorises(facts: RunFacts, share: float = MEMORISED) -> bool:
+    """Whether the training loss has lost this share for real, whatever validation does."""
     train, _ = losses(facts)
     if train is None or len(train) < 2:
         return False
     moved = movement(train)
-    return moved.fall > max(MEMORISED * moved.start, 3 * moved.noise)
+    return moved.fall > max(share * moved.start, 3 * moved.noise)
 
 
 def _has_risen(facts: RunFacts, curve: Curve, moved: Movement) -> bool:
     """Whether a validation loss has turned, by more than jitter and the luck of its lowest epoch."""
     fall = max(start_loss(facts, moved) - moved.low, 0.0)
-    if moved.rise <= max(RISE_OF_LOSS * abs(moved.low), 3 * moved.noise):
+    rise = moved.rise if moved.width > 1 else float(curve.values[-2:].min()) - moved.low  # one jump is no turn
+    if rise <= max(RISE_OF_LOSS * moved.low, 3 * moved.noise):
         return False
     tail = curve.where(curve.epochs >= moved.low_epoch)
     rate, error = slope(tail)
     steady = rate > CLEAR * error and len(tail) >= FEWEST_EPOCHS
-    return moved.rise > (0.5 if steady else 1.0) * RISE_OF_FALL * fall
+    return rise > (0.5 if steady else 1.0) * RISE_OF_FALL * fall
 
 
 def overfitting(facts: RunFacts) -> Symptom | None:
@@ -176,7 +185,9 @@ def overfitting(facts: RunFacts) -> Symptom | None:
     moved = movement(val)
     if not _has_risen(facts, val, moved):
         return None
-    if train is not None and not (_memorises(facts) and train.values[-1] < train.at(moved.low_epoch)):
+    # A validation loss that has turned says half of it: less of a fall in training is enough.
+    falls_on = train is None or train.values[-1] < train.at(moved.low_epoch)
+    if not falls_on or (train is not None and not _memorises(facts, MEMORISED / 2)):
         return None
     return Symptom(
         numbers(
@@ -239,9 +250,11 @@ def underfitting(facts: RunFacts) -> Symptom | None:
     if facts.finished is False and not past_grace(facts, moved):
         return None
     closed = closed_share(facts, moved)
-    counting = counting_loss(facts)
+    counting, best = counting_loss(facts), best_known_loss(facts)
     if closed is not None:
         fires = closed < SLOW_CLOSING
+    elif counting is not None and best is not None:
+        fires = moved.low > best + VISIBLE * counting
     elif counting is not None:
         fires = moved.low > (1 - VISIBLE) * counting
     else:
@@ -275,7 +288,7 @@ def learning_rate_too_low(facts: RunFacts) -> Symptom | None:
     moved = movement(curve)
     share = moved.fall / moved.start if moved.start > 0 else 0.0
     chance = chance_of(facts)
-    if share >= STANDSTILL or not is_falling(curve, moved):
+    if share >= STANDSTILL or not is_falling(curve, moved) or not began_at_chance(facts, curve):
         return None
     # Above chance a fall is no learning yet, only the logits calming down.
     no_better_than_chance = chance is not None and moved.low >= (1 - VISIBLE) * chance
@@ -307,7 +320,7 @@ def learning_rate_too_high(facts: RunFacts) -> Symptom | None:
     for check in (not_finite, diverged, loss_spikes):
         if symptom := check(facts):
             return Symptom({**symptom.evidence, **numbers(lr=facts.lr)})
-    if facts.lr is not None and facts.lr >= 1e-2:
+    if facts.lr is not None and facts.lr >= 1e-2 and not facts.curves:
         return Symptom(numbers(lr=facts.lr))
     return None
 

@@ -6,6 +6,7 @@ known. Every fact that is not known is None, and a rule that needs it is listed 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -17,6 +18,8 @@ from pydantic import TypeAdapter, ValidationError
 from behrt.config import FLAGS, SECTION_OF, ExperimentSettings, build_settings, lay_over
 from behrt.doctor.curves import Curve
 from behrt.metrics import chance_loss
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +172,15 @@ def completed(facts: RunFacts) -> RunFacts:
         derived["trainable_percent"] = 100 * facts.trainable_parameters / facts.total_parameters
     if facts.use_lora is None and facts.lora_parameters is not None:
         derived["use_lora"] = facts.lora_parameters > 0
-    return replace(facts, **derived)
+    return replace(facts, curves=_without_negative_losses(facts.curves), **derived)
+
+
+def _without_negative_losses(curves: Mapping[str, Curve]) -> dict[str, Curve]:
+    """The curves but for losses with a value below 0: these are no cross-entropies, and no rule speaks of them."""
+    negative = {name for name, curve in curves.items() if name.endswith("_loss") and (curve.finite.values < 0).any()}
+    if negative:
+        log.warning("%s: below 0, so no cross-entropy; its rules are not checked", ", ".join(sorted(negative)))
+    return {name: curve for name, curve in curves.items() if name not in negative}
 
 
 def with_flags(facts: RunFacts, flags: Mapping[str, Any]) -> RunFacts:
@@ -181,6 +192,8 @@ def with_flags(facts: RunFacts, flags: Mapping[str, Any]) -> RunFacts:
     settings = {name: value for name, value in flags.items() if name in SECTION_OF}
     valid = facts_from_settings(build_settings(lay_over({}, settings), where=FLAGS))
     told: dict[str, Any] = {name: valid.get(name) for name in settings if name in FACT_NAMES}
+    if settings.get("device") != "auto":
+        told |= {name: value for name, value in settings.items() if name == "device"}
     if "init_from" in settings:
         told["pretrained"] = True
     counts = {name: value for name, value in flags.items() if name not in SECTION_OF}

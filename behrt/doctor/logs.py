@@ -8,6 +8,7 @@ others, and refuses what is no number.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -16,6 +17,8 @@ from typing import Any, NamedTuple
 from behrt.config import UserError, nearest
 from behrt.doctor.curves import Curve
 from behrt.history import EPOCH_FIGURES
+
+log = logging.getLogger(__name__)
 
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "epoch": (
@@ -46,6 +49,9 @@ ACCURACIES = ("train_accuracy", "val_accuracy")
 
 NOT_FINITE = {"nan", "inf", "infinity", "null", "none"}
 """Words for a number that was not finite, after a sign or without one."""
+
+_NAME = re.compile(r"(?!.*//)[A-Za-z_][A-Za-z_./ -]{0,60}")
+"""What may be shown as a name or a word: no digit, and nothing that has the `//` of a code."""
 
 SHOWN_NAMES = 12
 """Names of a log that an error lists."""
@@ -102,10 +108,14 @@ def check_columns(columns: Mapping[str, str], names: Collection[str], where: str
 
 
 def shown(names: Collection[str]) -> str:
-    """Names of a log for an error: the first few, on one line."""
-    first = ", ".join(repr(str(name)[:40]) for name in itertools.islice(names, SHOWN_NAMES))
-    more = len(names) - SHOWN_NAMES
-    return f"{first or 'no named values'} and {more} more" if more > 0 else first or "no named values"
+    """Names of a log for an error: the first few, on one line.
+
+    A table without a header, or JSON by patient, has ids, dates and codes where names should be: these are counted.
+    """
+    plain_names = [str(name)[:40] for name in names if _NAME.fullmatch(str(name))]
+    first = ", ".join(map(repr, itertools.islice(plain_names, SHOWN_NAMES))) or "no names of figures"
+    more = len(names) - min(len(plain_names), SHOWN_NAMES)
+    return f"{first} and {more} more" if more > 0 else first
 
 
 def curves_of(points: Points, where: str, columns: Mapping[str, str]) -> dict[str, Curve]:
@@ -134,7 +144,7 @@ def _curve(points: Sequence[Point], name: str, where: str) -> Curve:
         place = f"{where}: row {point.row}"
         epoch = number(point.epoch, f"{place}, the epoch of {name[:40]!r}")
         if epoch is None or not math.isfinite(epoch):
-            raise UserError(f"{place}, the epoch of {name[:40]!r}: expected a number, found {point.epoch!r}")
+            raise UserError(f"{place}, the epoch of {name[:40]!r}: expected a number, found {word(point.epoch)}")
         value = number(point.value, f"{place}, {name[:40]!r}")
         if value is not None or epoch not in values:
             values[epoch] = value
@@ -152,7 +162,17 @@ def number(value: object, place: str) -> float | None:
             return float(value)
         except OverflowError:
             return math.inf
-    raise UserError(f"{place}: expected a number, found {str(value)[:40]!r}")
+    raise UserError(f"{place}: expected a number, found {word(value)}")
+
+
+def word(value: object) -> str:
+    """A value for an error: a plain word as it is; of anything else, which may be an id, a date or a code, its kind.
+
+    >>> word("high"), word("10023771")
+    ("'high'", 'text that is no plain word')
+    """
+    text = str(value)
+    return repr(text[:40]) if _NAME.fullmatch(text) else "text that is no plain word"
 
 
 def in_shares(curves: Mapping[str, Curve]) -> dict[str, Curve]:
@@ -214,6 +234,8 @@ _FACT_LINES = tuple(
         r"on (?P<device>cpu|cuda|mps) ",
         r"chance (?P<chance_loss>[\d.]+), unigram (?P<unigram_loss>[\d.]+)"
         r"(?:, with copying (?P<copying_loss>[\d.]+))?"
+        r"(?:, other codes tell (?P<cooccurrence_gain>-?[\d.]+) \((?P<cooccurrence_gain_low>-?[\d.]+) to "
+        r"(?P<cooccurrence_gain_high>-?[\d.]+)\) per \[MASK\])?"
         r"(?:, floor (?P<floor_loss>[\d.]+) \(accuracy (?P<floor_accuracy>[\d.]+)\))?",
         r"Patience: \d+/(?P<early_stopping_patience>\d{1,9})",
     )
@@ -235,6 +257,9 @@ def read_lines(text: str) -> tuple[Points, dict[str, Any]]:
     for row, line in enumerate(_COLOUR.sub("", text).splitlines(), 1):
         found, figures = _EPOCH.search(line), _figures(line)
         if found:
+            if epoch is not None and float(found["epoch"]) < epoch and float(found["epoch"]) <= 1:
+                log.warning("line %d: the epochs begin anew; the last run of the log counts", row)
+                points.clear()
             epoch, told = float(found["epoch"]), set(figures)
             if found["epochs"]:
                 known["epochs"] = int(found["epochs"])

@@ -20,6 +20,10 @@ FEWEST_EPOCHS = 5
 """A run is judged by its curves when they span this many epochs."""
 VISIBLE = 0.004
 """A steady fall of this share of the loss is a fall all the same: slow, but no standstill."""
+STANDSTILL = 0.01
+"""A loss that lost less than this share of itself has not moved."""
+SMALLEST_VOCABULARY = 50
+"""Of codes that anybody trains a model on."""
 SPIKE = 0.05
 """A jump of this share of the loss, gone again at the next epoch, is a spike."""
 CLEAR = 4.0
@@ -83,9 +87,30 @@ def spikes(curve: Curve) -> NDArray[np.bool_]:
     return found if 4 * found.sum() <= len(found) else np.zeros(len(curve), np.bool_)
 
 
+def began_at_chance(facts: RunFacts, curve: Curve) -> bool:
+    """Whether a loss that hardly moved may be that of a guess.
+
+    It is no guess below chance or counting; where neither is known, if the record begins in mid-run, or below ln(50):
+    no vocabulary of codes is that small.
+    """
+    lines = [line for line in (chance_of(facts), counting_loss(facts)) if line is not None]
+    if lines:
+        return float(curve.values.min()) >= (1 - STANDSTILL) * min(lines)
+    from_the_start = curve.epochs[0] <= max(2, 0.1 * curve.epochs[-1])
+    return not facts.pretrained and from_the_start and curve.values[0] >= math.log(SMALLEST_VOCABULARY)
+
+
 def counting_loss(facts: RunFacts) -> float | None:
-    """What counting codes reaches, with the copying that the masks allow where that is known."""
-    return facts.unigram_loss if facts.copying_loss is None else facts.copying_loss
+    """What counting codes reaches, with the copying that the masks allow where that is known and helps."""
+    known = [loss for loss in (facts.unigram_loss, facts.copying_loss) if loss is not None]
+    return min(known, default=None)
+
+
+def has_beaten_counting(facts: RunFacts) -> bool:
+    """Whether the validation loss lies visibly below what counting codes reaches: there was something to learn."""
+    _, val = losses(facts)
+    counting = counting_loss(facts)
+    return val is not None and counting is not None and movement(val).low < (1 - VISIBLE) * counting
 
 
 def best_known_loss(facts: RunFacts) -> float | None:

@@ -34,24 +34,41 @@ def stop_sooner(current: int | None) -> int | None:
     return 5 if current is None or current > 5 else None
 
 
-MORE_PATIENTS = Remedy("num_patients", raise_to(10_000, then=20_000), "more data generalises better", simulated)
-MORE_RECORDS = Advice("train on more patients", lambda facts: not simulated(facts))
+def from_random(facts: RunFacts) -> bool:
+    """Whether the model's shape is free: a pre-trained run brings its own."""
+    return not facts.pretrained
+
+
+MORE_OF_THE_PATIENTS = Remedy(
+    "max_patients", lambda current: None if current is None else 2 * current, "more data generalises better"
+)
+MORE_PATIENTS = Remedy(
+    "num_patients",
+    raise_to(10_000, then=20_000),
+    "more data generalises better",
+    lambda facts: simulated(facts) and facts.max_patients is None,
+)
+MORE_RECORDS = Advice(
+    "train on more patients", lambda facts: not simulated(facts) or (facts.num_patients or 0) >= 20_000
+)
 REGULARISE = (
     Remedy("dropout", raise_to(0.3, then=0.4), "more regularisation"),
     Remedy("weight_decay", raise_to(0.05, then=0.1), "penalises large weights"),
     Remedy("early_stopping_patience", stop_sooner, "stops sooner"),
     Remedy("lora_rank", lower_to(8, then=4), "less capacity", with_lora),
-    Remedy("model_size", smaller_model, "less capacity"),
+    Remedy("model_size", smaller_model, "less capacity", from_random),
+    MORE_OF_THE_PATIENTS,
     MORE_PATIENTS,
     MORE_RECORDS,
 )
 LEARN_MORE = (
-    Remedy("model_size", larger_model, "more capacity"),
+    Remedy("model_size", larger_model, "more capacity", from_random),
     Remedy("lora_rank", raise_to(32), "more trainable parameters", with_lora),
     Remedy("dropout", lower_to(0.05, then=0.0), "less regularisation"),
     Remedy("epochs", raise_to(200, then=400), "longer training"),
     Remedy("early_stopping_patience", lambda current: None if current == 0 else raise_to(20)(current), "more patience"),
     Remedy("lr", times(5, unknown=5e-4, at_most=HIGHEST_RATE), "faster learning"),
+    Remedy("lr", times(0.1, unknown=5e-5), "finer steps", lambda facts: (facts.lr or 0) >= HIGHEST_RATE),
 )
 CALM_DOWN = (
     Remedy("lr", times(0.1, unknown=1e-5), "smaller steps"),
@@ -76,7 +93,7 @@ CURVE_RULES: tuple[Rule, ...] = (
         title="The training loss runs away",
         severity="error",
         when=f"it ends more than {curve.EXPLODED:.0%} above where it began, or has lost more than half of what "
-        f"it had learned, or jitters by {curve.ERRATIC:.0%} of itself without falling",
+        f"it had learned, or is thrown about by {curve.ERRATIC:.0%} of its start and not at its lowest",
         source="guide, Learning Rate Too High/Low: exploding",
         needs=("train_loss|val_loss",),
         check=curve.diverged,
@@ -88,10 +105,10 @@ CURVE_RULES: tuple[Rule, ...] = (
         title="The loss stands still where guessing or counting codes would be",
         severity="error",
         when=f"over {readings.FEWEST_EPOCHS} epochs or more, its lowest level lies above or within "
-        f"{curve.STANDSTILL:.0%} of ln(vocabulary) ({3 * curve.STANDSTILL:.0%} if it does not move at all, or if "
+        f"{readings.STANDSTILL:.0%} of ln(vocabulary) ({3 * readings.STANDSTILL:.0%} if it does not move at all, or if "
         f"embeddings and head stay random; {readings.VISIBLE:.1%} if it falls steadily); or within "
         f"{readings.VISIBLE:.1%} of what counting codes reaches, not falling; or, neither known, within "
-        f"{curve.STANDSTILL:.0%} of where it began; a warning until {readings.GRACE_EPOCHS} epochs and "
+        f"{readings.STANDSTILL:.0%} of where it began; a warning until {readings.GRACE_EPOCHS} epochs and "
         f"{readings.GRACE_SHARE:.0%} of the planned ones are over",
         source="guide, Embeddings and MLM Head Were Frozen: loss ≈ ln(1000); counting line: docs/learning.md",
         needs=("train_loss|val_loss",),
@@ -110,8 +127,9 @@ CURVE_RULES: tuple[Rule, ...] = (
         title="Validation loss rises while training loss falls",
         severity="warning",
         when=f"validation loss ends above its lowest level by {curve.RISE_OF_LOSS:.1%} of it and three times its "
-        f"jitter, and by {curve.RISE_OF_FALL:.0%} of what it had fallen or steadily, while training loss "
-        f"has lost {curve.MEMORISED:.0%} and falls on",
+        f"jitter, and by {curve.RISE_OF_FALL:.0%} of what it had fallen ({curve.RISE_OF_FALL / 2:.0%} if it rises "
+        f"steadily for {readings.FEWEST_EPOCHS} epochs), while training loss has lost {curve.MEMORISED / 2:.0%} and "
+        "falls on",
         source="guide, Check Loss Curves: Overfitting",
         needs=("val_loss",),
         check=curve.overfitting,
@@ -122,8 +140,9 @@ CURVE_RULES: tuple[Rule, ...] = (
         id="widening_gap",
         title="Training loss falls away from validation loss",
         severity="warning",
-        when="validation loss no longer falls, and its distance from training loss exceeds all that it has "
-        "fallen, and half of what training loss has",
+        when=f"training loss has lost {curve.MEMORISED:.0%}, validation loss no longer falls, and the gap between them "
+        f"exceeds all that validation loss has fallen and {curve.MEMORISED:.0%} of it, half of that widened since "
+        "the middle of the run",
         source="guide, Check Loss Curves: growing gap between train and val",
         needs=("train_loss", "val_loss"),
         check=curve.widening_gap,
@@ -159,9 +178,10 @@ CURVE_RULES: tuple[Rule, ...] = (
         title="Little was learned, in training and validation alike",
         severity="warning",
         when=f"validation loss has closed less than {curve.SLOW_CLOSING:.0%} of the gap between counting codes "
-        f"and the best known loss; without these lines, it has lost less than {curve.LITTLE_OF_CHANCE:.0%} of "
-        f"ln(vocabulary), or {curve.LITTLE_OF_FIRST:.0%} of its first value, and falls by less than "
-        f"{curve.FAST:.0%} an epoch",
+        "and the best known loss (the floor, or what co-occurring codes tell); that not known, it is no better "
+        f"than counting; that not known either, and weights random, it has lost less than "
+        f"{curve.LITTLE_OF_CHANCE:.0%} of ln(vocabulary) or {curve.LITTLE_OF_FIRST:.0%} of its first value and falls "
+        f"by less than {curve.FAST:.0%} an epoch; in a run in progress only after its grace",
         source="guide, Check Loss Curves: Underfitting",
         needs=("train_loss|val_loss",),
         check=curve.underfitting,
@@ -194,7 +214,7 @@ CURVE_RULES: tuple[Rule, ...] = (
         id="learning_rate_too_low",
         title="The learning rate is too low",
         severity="warning",
-        when=f"the training loss falls steadily, but by less than {curve.STANDSTILL:.1%} in "
+        when=f"the training loss falls steadily, but by less than {readings.STANDSTILL:.1%} in "
         f"{readings.FEWEST_EPOCHS} epochs or more; an error once it had {readings.GRACE_EPOCHS} epochs and "
         f"{readings.GRACE_SHARE:.0%} of the planned ones and is still no better than chance",
         source="guide, Learning Rate Too High/Low: loss barely decreasing",
@@ -274,7 +294,18 @@ def encoder_is_frozen(facts: RunFacts) -> bool:
 TRAIN_EMBEDDINGS = Remedy("train_embeddings", set_to(True), "codes must be readable")
 TRAIN_HEAD = Remedy("train_head", set_to(True), "codes must be predictable")
 START_FROM_A_RUN = Advice("--init-from RUN, to start from a trained model", lambda facts: not facts.pretrained)
-LARGER_BATCHES = Remedy("batch_size", raise_to(setup.BATCH_ON_GPU, then=256), "better use of the GPU")
+LARGER_BATCHES = Remedy(
+    "batch_size",
+    raise_to(setup.BATCH_ON_GPU, then=256),
+    "better use of the GPU",
+    lambda facts: setup.recommended_batch_size(facts) == setup.BATCH_ON_GPU,
+)
+BATCHES_OF_AN_M1 = Remedy(
+    "batch_size",
+    raise_to(setup.BATCH_ON_CPU),
+    "fewer, larger steps",
+    lambda facts: setup.recommended_batch_size(facts) == setup.BATCH_ON_CPU,
+)
 
 SETUP_RULES: tuple[Rule, ...] = (
     Rule(
@@ -326,6 +357,16 @@ SETUP_RULES: tuple[Rule, ...] = (
                 "lora_rank",
                 raise_to(32),
                 "more trainable parameters",
+                lambda facts: (facts.trainable_percent or 0) < setup.LEAST_OF_PRETRAINED,
+            ),
+            Remedy(
+                "lora_rank",
+                lambda current: None if current is None or current < 2 else current // 2,
+                "fewer trainable parameters",
+                lambda facts: (facts.trainable_percent or 0) > setup.MOST_OF_PRETRAINED,
+            ),
+            Advice(
+                "adapt more layers: --lora-targets query,key,value,output,feedforward",
                 lambda facts: (facts.trainable_percent or 0) < setup.LEAST_OF_PRETRAINED,
             ),
         ),
@@ -407,6 +448,17 @@ SETUP_RULES: tuple[Rule, ...] = (
         foretells="unlearnable",
     ),
     Rule(
+        id="gradient_not_finite",
+        title="The first gradient is NaN or infinite",
+        severity="error",
+        when="before the first step, on the first batch, any element of any gradient is not finite",
+        source="guide, If Training is Unstable (Loss spikes, NaN)",
+        needs=("gradient_not_finite",),
+        check=setup.gradient_not_finite,
+        remedies=(Advice("look for weights that are not finite: in the run of --init-from, or in own layers"),),
+        foretells="unlearnable",
+    ),
+    Rule(
         id="weak_regularisation",
         title="A large model with weak regularisation",
         severity="warning",
@@ -425,7 +477,8 @@ SETUP_RULES: tuple[Rule, ...] = (
         title="The records hold nothing to learn",
         severity="error",
         when="a patient's other codes predict a masked code no better than counting does: the 95% interval of "
-        f"the gain does not lie above 0, and ends below {setup.NOTHING:g} nats per masked code",
+        f"the gain does not lie above 0, and ends below {setup.NOTHING:g} nats per masked code; and no model has "
+        "beaten counting on them",
         source="guide, Synthetic Data Overfitting; checked against the exact floor in docs/doctor.md",
         needs=("cooccurrence_gain_low", "cooccurrence_gain_high"),
         check=setup.nothing_to_learn,
@@ -451,7 +504,8 @@ SETUP_RULES: tuple[Rule, ...] = (
         remedies=(
             Remedy("num_patients", raise_to(5000), "a tenth of them validates", simulated),
             Advice(
-                "prepare more patients, or a larger tuning share: --split 70/20/10", lambda facts: not simulated(facts)
+                "prepare more patients, or a larger tuning share: --split 70/20/10",
+                lambda facts: not simulated(facts) or (facts.num_patients or 0) >= 5000,
             ),
         ),
     ),
@@ -513,11 +567,11 @@ SETUP_RULES: tuple[Rule, ...] = (
         title="An epoch has many small batches",
         severity="warning",
         when=f"{setup.MANY_BATCHES} steps an epoch or more, of fewer than {setup.BATCH_ON_GPU} patients "
-        f"({setup.BATCH_ON_CPU} on a CPU)",
+        f"({setup.BATCH_ON_CPU} on a CPU or MPS)",
         source="guide, Batch Size Too Small",
         needs=("steps_per_epoch",),
         check=setup.too_many_small_batches,
-        remedies=(LARGER_BATCHES,),
+        remedies=(LARGER_BATCHES, BATCHES_OF_AN_M1),
     ),
     Rule(
         id="slow_epochs",
@@ -528,7 +582,10 @@ SETUP_RULES: tuple[Rule, ...] = (
         source="guide, Monitor Training Speed: >10 min/epoch on A40",
         needs=("epoch_seconds|epoch_seconds_predicted",),
         check=setup.slow_epochs,
-        remedies=(LARGER_BATCHES,),
+        remedies=(
+            LARGER_BATCHES,
+            Advice("see that the GPU is the one that computes, with --precision bf16 where it can"),
+        ),
     ),
     Rule(
         id="out_of_memory",
@@ -541,10 +598,13 @@ SETUP_RULES: tuple[Rule, ...] = (
         check=setup.out_of_memory,
         remedies=(
             Remedy("batch_size", lambda current: 64 if current is None else max(current // 2, 1), "reduces memory"),
-            Remedy("accumulation_steps", lambda current: 2 * (current or 1), "the same step in smaller parts"),
             Remedy(
-                "model_size", lambda current: {"large": "medium", "medium": "small"}.get(current), "a smaller model"
+                "accumulation_steps",
+                lambda current: 2 * (current or 1),
+                "the same step in smaller parts",
+                lambda facts: 2 * (facts.accumulation_steps or 1) <= (facts.batch_size or 64) // 2,
             ),
+            Remedy("model_size", smaller_model, "a smaller model", from_random),
             Remedy("max_position", lower_to(256), "shorter histories"),
         ),
     ),

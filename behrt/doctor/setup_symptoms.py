@@ -9,7 +9,7 @@ import math
 import re
 
 from behrt.doctor.facts import RunFacts
-from behrt.doctor.readings import FEW_PATIENTS, accuracy_interval, last_accuracies, numbers
+from behrt.doctor.readings import FEW_PATIENTS, accuracy_interval, has_beaten_counting, last_accuracies, numbers
 from behrt.doctor.rule import Severity, Symptom
 
 MOST_TRAINABLE = 50.0
@@ -133,6 +133,12 @@ def adapters_on_wrong_layers(facts: RunFacts) -> Symptom | None:
     return None
 
 
+def gradient_not_finite(facts: RunFacts) -> Symptom | None:
+    names = facts.gradient_not_finite
+    assert names is not None
+    return Symptom(numbers(parameters=len(names), first=names[0], first_loss=facts.first_loss)) if names else None
+
+
 def without_gradient(facts: RunFacts) -> Symptom | None:
     names = facts.without_gradient
     assert names is not None
@@ -152,7 +158,7 @@ def nothing_to_learn(facts: RunFacts) -> Symptom | None:
     low, high = facts.cooccurrence_gain_low, facts.cooccurrence_gain_high
     assert low is not None
     assert high is not None
-    if low > 0 or high >= NOTHING:
+    if low > 0 or high >= NOTHING or has_beaten_counting(facts):
         return None
     return Symptom(
         numbers(
@@ -211,10 +217,15 @@ def validation_masks_change(facts: RunFacts) -> Symptom | None:
     return Symptom({"masks": "drawn anew"}) if facts.validation_masks_fixed is False else None
 
 
+def recommended_batch_size(facts: RunFacts) -> int:
+    """Of the guide: for an A40 with a large model, and for an M1, as which a CPU counts here."""
+    return BATCH_ON_CPU if facts.device in ("cpu", "mps") else BATCH_ON_GPU
+
+
 def too_many_small_batches(facts: RunFacts) -> Symptom | None:
     batches, size = facts.steps_per_epoch, facts.batch_size
     assert batches is not None
-    recommended = BATCH_ON_CPU if facts.device == "cpu" else BATCH_ON_GPU
+    recommended = recommended_batch_size(facts)
     if batches < MANY_BATCHES or (size is not None and size >= recommended):
         return None
     return Symptom(numbers(train_batches=batches, batch_size=size, device=facts.device))

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from behrt.config import UserError
+from behrt.doctor.curves import Curve
 from behrt.doctor.facts import RunFacts, known_facts
-from behrt.doctor.logs import Point, Points, curves_of, figure_named, names_of, read_lines, shown
+from behrt.doctor.logs import Point, Points, curves_of, figure_named, names_of, plain, read_lines, shown
 from behrt.history import EPOCH_FIGURES
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,13 @@ def read_log(data: bytes, *, where: str, columns: Mapping[str, str]) -> RunFacts
     curves = curves_of(points, where, columns)
     if not curves and not facts:
         raise nothing_known(points, where)
-    return RunFacts(curves=curves, finished=True, **known_facts(facts))
+    return RunFacts(curves=curves, finished=_is_over(curves, facts), **known_facts(facts))
+
+
+def _is_over(curves: Mapping[str, Curve], facts: Mapping[str, Any]) -> bool | None:
+    """Whether a training has ended, as far as its log tells; None where it stands before its last epoch."""
+    epochs, last = facts.get("epochs"), max((curve.epochs[-1] for curve in curves.values() if len(curve)), default=0)
+    return None if epochs and last < epochs and not facts.get("stopped_early") else True
 
 
 def decode(data: bytes, where: str) -> str:
@@ -136,7 +143,7 @@ def _point_of_history(item: Mapping[str, Any]) -> tuple[object, object]:
 
 
 def points_of_rows(rows: Sequence[Mapping[str, Any]], where: str, columns: Mapping[str, str]) -> Points:
-    """The points of rows of named values, numbered from 1 where they have no epoch."""
+    """The points of rows of named values, numbered from 1 where they have no epoch; optimizer steps by their order."""
     names = dict.fromkeys(name for row in rows for name in row)
     epoch_name = next(iter(names_of("epoch", names, columns)), None)
     points: Points = {name: [] for name in names}
@@ -150,7 +157,17 @@ def points_of_rows(rows: Sequence[Mapping[str, Any]], where: str, columns: Mappi
             points[name].append(Point(place, epoch, value))
     if without:
         log.warning("%s: %d of %d rows have no epoch, and are left out", where, without, len(rows))
-    return points
+    counts_steps = epoch_name is not None and not plain(epoch_name).endswith(("epoch", "epochs"))
+    return _numbered(points) if counts_steps and "epoch" not in columns else points
+
+
+def _numbered(points: Points) -> Points:
+    """Points whose epochs are optimizer steps, with the number of each distinct step in its place."""
+    steps = {point.epoch for rows in points.values() for point in rows}
+    if not all(isinstance(step, (int, float)) and math.isfinite(step) for step in steps):
+        return points  # what is no number is refused where curves are made
+    numbers = {step: number for number, step in enumerate(sorted(steps, key=lambda step: float(str(step))), 1)}
+    return {name: [point._replace(epoch=numbers[point.epoch]) for point in rows] for name, rows in points.items()}
 
 
 def table_separator(text: str, columns: Mapping[str, str], *, is_table: bool) -> str | None:
