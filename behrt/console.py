@@ -18,7 +18,7 @@ from behrt.doctor.checkup import Checkup
 from behrt.doctor.diagnosis import Diagnosis, evidence_text
 from behrt.doctor.facts import RunFacts
 from behrt.doctor.rule import Finding, Severity
-from behrt.history import EpochRecord
+from behrt.history import Baselines, EpochRecord
 from behrt.parameters import ParameterCounts
 from behrt.prepare import report_rows
 from behrt.run_report import Listener, RunResult, RunStart
@@ -126,6 +126,7 @@ class TerminalListener(Listener):
             f"  training   {settings.training.epochs} epochs of {start.steps_per_epoch:,} steps, "
             f"lr {settings.training.lr:g}, on {start.device} in {start.precision}",
             f"  baselines  {baseline_summary(start)}",
+            f"  context    {context_summary(start.baselines)}",
         ]
         if start.transplant is not None:
             given = start.transplant
@@ -141,6 +142,8 @@ class TerminalListener(Listener):
             self._console.print(findings_table("Pre-flight", checkup.diagnosis.findings))
 
     def found(self, finding: Finding) -> None:
+        if finding.severity == "info":
+            return  # the result says it
         self._console.print(findings_table(None, [finding]))
 
     def step(self, step: int, steps: int) -> None:
@@ -242,12 +245,18 @@ def baseline_summary(start: RunStart) -> str:
     summary = f"chance {baselines.chance_loss:.4f}, unigram {baselines.unigram_loss:.4f}"
     if baselines.copying_loss is not None:
         summary += f", with copying {baselines.copying_loss:.4f}"
-    gain, low, high = baselines.cooccurrence_gain, baselines.cooccurrence_gain_low, baselines.cooccurrence_gain_high
-    if gain is not None and low is not None and high is not None:
-        summary += f", other codes tell {gain:.3f} ({low:.3f} to {high:.3f}) per [MASK]"
     if baselines.floor_loss is not None:
         summary += f", floor {baselines.floor_loss:.4f} (accuracy {baselines.floor_accuracy:.4f})"
     return summary
+
+
+def context_summary(baselines: Baselines) -> str:
+    """What a patient's other codes tell of a masked one, beyond counting."""
+    gain, low, high = baselines.cooccurrence_gain, baselines.cooccurrence_gain_low, baselines.cooccurrence_gain_high
+    if gain is None or low is None:
+        return "too little to measure what codes tell of each other"
+    upper = "" if high is None else f" ({low:.3f} to {high:.3f})"
+    return f"a patient's other codes tell {gain:.3f}{upper} nats of a masked one"
 
 
 def result_lines(result: RunResult) -> list[str]:

@@ -109,6 +109,13 @@ def test_a_run_in_its_grace_is_warned_and_past_it_lost() -> None:
         assert (diagnosis.verdict, diagnosis.severity) == ("stuck_at_chance", expected)
 
 
+def test_a_young_run_that_is_no_better_than_counting_is_called_neither_healthy_nor_underfitting() -> None:
+    curve = Curve.of(enumerate([6.85, 6.6, 6.35, 6.2, 6.08], 1))
+    known: dict[str, Any] = {"curves": {"val_loss": curve}, "vocab_size": 1000, "copying_loss": 5.4, "floor_loss": 3.4}
+    assert diagnose(RunFacts(**known, finished=False)).verdict == "inconclusive"
+    assert diagnose(RunFacts(**known, finished=True)).verdict == "underfitting"
+
+
 def test_a_run_at_the_unigram_loss_is_stuck_though_it_is_far_below_chance() -> None:
     val_loss = [6.9, 6.2, *[5.98, 5.97] * 6]
     facts = RunFacts(curves={"val_loss": Curve.of(enumerate(val_loss, 1))}, vocab_size=1000, finished=True)

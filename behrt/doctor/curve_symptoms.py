@@ -242,13 +242,17 @@ def low_val_accuracy(facts: RunFacts) -> Symptom | None:
 
 
 def underfitting(facts: RunFacts) -> Symptom | None:
+    symptom, curve = _little_learned(facts), main_loss(facts)
+    in_progress = facts.finished is False and curve is not None and not past_grace(facts, movement(curve))
+    return None if in_progress else symptom
+
+
+def _little_learned(facts: RunFacts) -> Symptom | None:
     curve = main_loss(facts)
     others = (stuck_at_chance, diverged, learning_rate_too_low)
     if curve is None or not spans_enough(curve) or _overfits(facts) or any(check(facts) for check in others):
         return None
     moved = movement(curve)
-    if facts.finished is False and not past_grace(facts, moved):
-        return None
     closed = closed_share(facts, moved)
     counting, best = counting_loss(facts), best_known_loss(facts)
     if closed is not None:
@@ -374,7 +378,7 @@ def patience_spent(facts: RunFacts) -> Symptom | None:
 
 def healthy(facts: RunFacts) -> Symptom | None:
     curve = main_loss(facts)
-    wrong = (not_finite, diverged, stuck_at_chance, learning_rate_too_low, underfitting)
+    wrong = (not_finite, diverged, stuck_at_chance, learning_rate_too_low, _little_learned)
     if curve is None or not spans_enough(curve) or _overfits(facts) or any(check(facts) for check in wrong):
         return None
     moved = movement(curve)

@@ -95,12 +95,17 @@ def diagnose(facts: RunFacts) -> Diagnosis:
 
 
 def evidence_text(evidence: Mapping[str, Any]) -> str:
-    """`lowest val loss 6.48, rise 0.32`.
+    """Evidence for people.
 
-    >>> evidence_text({"val_loss": 6.8, "near": "chance"})
-    'val loss 6.8, near chance'
+    >>> evidence_text({"val_loss": 6.8, "near": "chance", "fall_percent": 2.41})
+    'val loss 6.8, near chance, fall 2.4%'
     """
-    return ", ".join(f"{name.replace('_', ' ')} {_shown(value)}" for name, value in evidence.items())
+    return ", ".join(
+        f"{name.removesuffix('_percent').replace('_', ' ')} {value:.1f}%"
+        if name.endswith("_percent") and isinstance(value, float)
+        else f"{name.replace('_', ' ')} {_shown(value)}"
+        for name, value in evidence.items()
+    )
 
 
 def _shown(value: Any) -> str:

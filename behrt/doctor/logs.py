@@ -234,9 +234,9 @@ _FACT_LINES = tuple(
         r"on (?P<device>cpu|cuda|mps) ",
         r"chance (?P<chance_loss>[\d.]+), unigram (?P<unigram_loss>[\d.]+)"
         r"(?:, with copying (?P<copying_loss>[\d.]+))?"
-        r"(?:, other codes tell (?P<cooccurrence_gain>-?[\d.]+) \((?P<cooccurrence_gain_low>-?[\d.]+) to "
-        r"(?P<cooccurrence_gain_high>-?[\d.]+)\) per \[MASK\])?"
         r"(?:, floor (?P<floor_loss>[\d.]+) \(accuracy (?P<floor_accuracy>[\d.]+)\))?",
+        r"other codes tell (?P<cooccurrence_gain>-?[\d.]+) \((?P<cooccurrence_gain_low>-?[\d.]+) to "
+        r"(?P<cooccurrence_gain_high>-?[\d.]+)\) nats",
         r"Patience: \d+/(?P<early_stopping_patience>\d{1,9})",
     )
 )

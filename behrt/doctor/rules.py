@@ -528,8 +528,11 @@ SETUP_RULES: tuple[Rule, ...] = (
         needs=("unk_share",),
         check=setup.too_many_unknown,
         remedies=(
-            Advice("prepare coarser codes: `behrt prepare --icd-digits 3`"),
-            Advice("prepare more patients, so that more codes reach --min-patients"),
+            Remedy("num_patients", raise_to(5000, then=10_000), "more codes reach enough patients", simulated),
+            Advice("prepare coarser codes: `behrt prepare --icd-digits 3`", lambda facts: not simulated(facts)),
+            Advice(
+                "prepare more patients, so that more codes reach --min-patients", lambda facts: not simulated(facts)
+            ),
         ),
     ),
     Rule(

@@ -100,7 +100,7 @@ def train_in_grid(adaptation: str, lr: float, seed: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     os.chdir(ROOT)
     folder = HERE / "runs" / f"{adaptation}-lr{lr:g}-seed{seed}"
-    settings = load_experiment(flags={**COMMON, **ADAPTATIONS[adaptation], "lr": lr, "seed": seed})
+    settings = load_experiment(flags={**COMMON, **ADAPTATIONS[adaptation], "lr": lr, "seed": seed, "stop_on": "never"})
     started = time.process_time()
     pretrain(settings, experiment="learning", folder=folder)
     cpu_seconds = round(time.process_time() - started, 1)
@@ -122,7 +122,7 @@ def runs() -> None:
         folder = ROOT / "experiments" / name
         settings = load_experiment(folder / "experiment.yaml")
         if not is_finished(folder, settings):
-            pretrain(settings, experiment=name, folder=folder)
+            pretrain(settings, experiment=name, folder=folder, force=True)  # random codes too
         results = load_results()
         results["runs"][name] = row_of(folder)
         save_results(results)
