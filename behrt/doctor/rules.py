@@ -203,8 +203,8 @@ CURVE_RULES: tuple[Rule, ...] = (
         id="learning_rate_too_high",
         title="The learning rate is too high",
         severity="warning",
-        when="a loss diverges, is not finite or spikes; or the rate is 0.01 or more, where full training and "
-        "LoRA both failed",
+        when="a loss diverges, is not finite or spikes; or, before the first epoch, the rate is 0.01 or more, with "
+        "which full training and LoRA both failed",
         source="guide, Learning Rate Too High/Low; docs/learning.md for 0.01",
         needs=("train_loss|val_loss|lr",),
         check=curve.learning_rate_too_high,
@@ -514,7 +514,7 @@ SETUP_RULES: tuple[Rule, ...] = (
         title="Long histories lose tokens",
         severity="warning",
         when=f"more than {setup.TRUNCATED:.0%} of the training tokens lie beyond the longest sequence",
-        source="positions that the model does not have it never sees; DESIGN of --max-position auto: at most 512",
+        source="what lies beyond the last position the model never sees; --max-position auto stops at 512",
         needs=("truncated_share",),
         check=setup.truncation,
         remedies=(Remedy("max_position", raise_to(512, then=1024), "room for longer histories"),),
@@ -548,7 +548,7 @@ SETUP_RULES: tuple[Rule, ...] = (
     Rule(
         id="training_masks_fixed",
         title="Training masks do not change between epochs",
-        severity="error",
+        severity="warning",
         when="two epochs mask the same tokens of the same patients",
         source="Liu et al., 2019, RoBERTa: dynamic masking",
         needs=("training_masks_change",),
