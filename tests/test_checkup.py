@@ -146,6 +146,16 @@ def test_a_run_that_stands_still_is_ended_after_its_grace_with_exit_code_4(
     assert "lost after epoch 10" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_patience_that_ends_a_run_at_chance_is_no_success(workspace: Workspace, tmp_path: Path) -> None:
+    flags = ["--epochs", "30", "--lr", "1e-9", "--warmup-fraction", "0", "--early-stopping-patience", "5"]
+    with chdir(tmp_path):
+        flags += ["--early-stopping-min-delta", "0.1"]
+        assert train(workspace, *flags, "--out", "still") == 4
+        run = read_run(Path("still"))
+    assert (run["status"], run["lost_to"], run["stopped_early"]) == ("FAILED", "stuck_at_chance", True)
+    assert run["epochs"] < 10
+
+
 def test_stop_on_never_lets_it_go_on_and_stop_on_warning_ends_it_sooner(workspace: Workspace, tmp_path: Path) -> None:
     flags = ["--epochs", "12", "--lr", "1e-9", "--warmup-fraction", "0", "--early-stopping-patience", "0"]
     with chdir(tmp_path):

@@ -177,6 +177,37 @@ def test_a_loss_above_chance_that_falls_is_not_diverging() -> None:
     assert diagnose(RunFacts(curves={"train_loss": exploded}, vocab_size=1000)).verdict == "diverged"
 
 
+def test_a_tenth_above_the_start_separates_divergence_from_a_bad_patch() -> None:
+    for last, expected in ((7.6, False), (7.8, True)):
+        assert (diagnose(run(train_loss=[7.0, last, last + 0.01])).verdict == "diverged") is expected
+
+
+def test_a_spike_is_no_jitter_that_speaks_for_divergence() -> None:
+    losses = [7.0, 6.5, 6.0, 5.5, 5.2, 5.0, 5.0, 12.0, 5.3, 5.4]
+    assert diagnose(run(train_loss=losses, val_loss=losses)).verdict != "diverged"
+    thrown_about = [7.0, 6.5, 6.0, 12.0, 5.2, 11.0, 5.0, 12.0, 5.3, 9.4]
+    assert diagnose(run(train_loss=thrown_about, val_loss=thrown_about)).verdict == "diverged"
+
+
+def test_a_pretrained_run_is_read_from_where_it_starts_and_not_from_chance() -> None:
+    curves = run(train_loss=[3.0, 2.8, 2.6, 2.4, 2.2, 2.0], val_loss=[3.0, 2.95, 2.9, 2.98, 3.05, 3.1]).curves
+    known: dict[str, Any] = {"curves": curves, "vocab_size": 1000, "finished": True}
+    assert diagnose(RunFacts(**known, pretrained=True)).verdict == "overfitting"
+    assert "overfitting" not in {finding.rule for finding in diagnose(RunFacts(**known, pretrained=False)).findings}
+
+
+def test_a_run_that_is_over_has_no_grace() -> None:
+    curve = Curve.of(enumerate([6.91, 6.90] * 3, 1))
+    for finished, expected in ((True, "error"), (False, "warning")):
+        assert diagnose(RunFacts(curves={"val_loss": curve}, vocab_size=1000, finished=finished)).severity == expected
+
+
+def test_divergence_names_a_run_before_all_else() -> None:
+    curves = {"train_loss": Curve.of([(1, 7.0), (2, None)])}
+    facts = RunFacts(curves=curves, cooccurrence_gain_low=-0.001, cooccurrence_gain_high=0.001)
+    assert diagnose(facts).verdict == "diverged"
+
+
 def test_negative_losses_are_no_cross_entropies_and_no_rule_speaks_of_them() -> None:
     diagnosis = diagnose(run(train_loss=[-1.0, -1.02, -1.03, -1.04, -1.05], val_loss=[-2.0] * 5))
     assert (diagnosis.verdict, diagnosis.findings) == ("inconclusive", ())
