@@ -182,6 +182,13 @@ def test_a_tenth_above_the_start_separates_divergence_from_a_bad_patch() -> None
         assert (diagnose(run(train_loss=[7.0, last, last + 0.01])).verdict == "diverged") is expected
 
 
+def test_a_loss_that_no_vocabulary_explains_has_diverged_from_the_start() -> None:
+    assert diagnose(run(train_loss=[28.7, 23.0, 33.8, 27.0, 30.7, 48.5, 24.0])).verdict == "diverged"
+    assert (
+        diagnose(run(train_loss=[900.0, 400.0, 200.0, 100.0, 50.0, 30.0])).verdict != "diverged"
+    )  # perplexity, falling
+
+
 def test_a_spike_is_no_jitter_that_speaks_for_divergence() -> None:
     losses = [7.0, 6.5, 6.0, 5.5, 5.2, 5.0, 5.0, 12.0, 5.3, 5.4]
     assert diagnose(run(train_loss=losses, val_loss=losses)).verdict != "diverged"

@@ -10,6 +10,8 @@ Each predicate returns what it saw, or None. `rules.py` says what follows from i
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from behrt.doctor.curves import Curve, Movement, movement, slope
@@ -55,6 +57,8 @@ RISE_OF_LOSS = 0.005
 """A validation loss has risen by more than noise and chance of the lowest epoch when both shares are passed."""
 EXPLODED = 0.10
 """A training loss that ends this share above where it began is no longer being minimised."""
+LARGEST_VOCABULARY = 1_000_000
+"""Where the vocabulary is not known, a guess costs no more than ln of this."""
 GONE = 1.5
 """A run that is over at this multiple of where it began ended in an explosion, be it in its last epoch alone."""
 ERRATIC = 0.05
@@ -89,7 +93,9 @@ def diverged(facts: RunFacts) -> Symptom | None:
     lowest_of_tail = float(curve.values[-min(max(2, moved.width), 3) :].min())
     gone_at_last = bool(facts.finished) and curve.values[-1] > GONE * max(top, moved.start)
     above_start = lowest_of_tail > (1 + EXPLODED) * max(top, moved.start)
-    stays_above_chance = lowest_of_tail > (1 + EXPLODED) * top and spans_enough(curve) and not is_falling(curve, moved)
+    highest_chance = math.log(LARGEST_VOCABULARY) if chance_of(facts) is None else top
+    stays_up = spans_enough(curve) and not is_falling(curve, moved) and moved.end > 0.5 * moved.start
+    stays_above_chance = stays_up and lowest_of_tail > (1 + EXPLODED) * highest_chance
     exploded = gone_at_last or above_start or stays_above_chance
     halfway = moved.low + max(0.5 * (top - moved.low), MEMORISED * top)
     collapsed = train is not None and spans_enough(curve) and lowest_of_tail > halfway
