@@ -189,6 +189,14 @@ def test_a_loss_that_no_vocabulary_explains_has_diverged_from_the_start() -> Non
     )  # perplexity, falling
 
 
+def test_a_run_in_progress_may_come_back_from_a_jump_for_five_epochs() -> None:
+    losses = [7.0, 6.5, 6.0, 5.7, 5.5, 5.4, 5.35, 5.3, 6.9, 6.8, 6.7, 6.7]
+    for epochs, finished, expected in ((12, False, False), (12, True, True), (13, False, True)):
+        curve = Curve.of(enumerate([*losses, 6.7][:epochs], 1))
+        diagnosis = diagnose(RunFacts(curves={"train_loss": curve}, vocab_size=1000, finished=finished))
+        assert (diagnosis.verdict == "diverged") is expected
+
+
 def test_a_spike_is_no_jitter_that_speaks_for_divergence() -> None:
     losses = [7.0, 6.5, 6.0, 5.5, 5.2, 5.0, 5.0, 12.0, 5.3, 5.4]
     assert diagnose(run(train_loss=losses, val_loss=losses)).verdict != "diverged"

@@ -59,6 +59,8 @@ EXPLODED = 0.10
 """A training loss that ends this share above where it began is no longer being minimised."""
 LARGEST_VOCABULARY = 1_000_000
 """Where the vocabulary is not known, a guess costs no more than ln of this."""
+RECOVERY_EPOCHS = 5
+"""A run in progress has so many epochs to come back from a jump."""
 GONE = 1.5
 """A run that is over at this multiple of where it began ended in an explosion, be it in its last epoch alone."""
 ERRATIC = 0.05
@@ -89,8 +91,9 @@ def diverged(facts: RunFacts) -> Symptom | None:
     curve = curve.where(~spikes(curve))
     moved = movement(curve)
     top = start_loss(facts, moved)
-    # Several epochs, so that a jump at the end is no divergence yet.
-    lowest_of_tail = float(curve.values[-min(max(2, moved.width), 3) :].min())
+    # Several epochs, so that a jump at the end is no divergence yet; more of them while it may still come back.
+    lasting = min(max(2, moved.width), 3) if facts.finished is not False else RECOVERY_EPOCHS
+    lowest_of_tail = float(curve.values[-lasting:].min())
     gone_at_last = bool(facts.finished) and curve.values[-1] > GONE * max(top, moved.start)
     above_start = lowest_of_tail > (1 + EXPLODED) * max(top, moved.start)
     highest_chance = math.log(LARGEST_VOCABULARY) if chance_of(facts) is None else top

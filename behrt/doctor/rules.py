@@ -92,10 +92,10 @@ CURVE_RULES: tuple[Rule, ...] = (
         id="diverged",
         title="The training loss runs away",
         severity="error",
-        when=f"over several epochs it lies more than {curve.EXPLODED:.0%} above where it began, or above "
-        f"ln(vocabulary) without falling (not known: ln of {curve.LARGEST_VOCABULARY:,}); or it has lost more than "
-        f"half of what it had learned; or it is thrown about by {curve.ERRATIC:.0%} of its start and not at its "
-        "lowest",
+        when=f"over several epochs ({curve.RECOVERY_EPOCHS} in a run in progress) it lies more than "
+        f"{curve.EXPLODED:.0%} above where it began, or above ln(vocabulary) without falling (not known: ln of "
+        f"{curve.LARGEST_VOCABULARY:,}); or it has lost more than half of what it had learned; or it is thrown about "
+        f"by {curve.ERRATIC:.0%} of its start and not at its lowest",
         source="guide, Learning Rate Too High/Low: exploding",
         needs=("train_loss|val_loss",),
         check=curve.diverged,

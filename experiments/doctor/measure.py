@@ -33,9 +33,9 @@ ROOT = HERE.parents[1]
 RESULTS = HERE / "results.json"
 RUNS = HERE / "runs"
 
-SEEDS = range(20_000, 20_200)
-"""Other curves than those that the rules were looked at with, 0 to 4,999."""
-FURTHER_SEEDS = range(21_000, 22_000)
+SEEDS = range(30_000, 30_200)
+"""Other curves than those that the rules were looked at with, all below 25,000."""
+FURTHER_SEEDS = range(31_000, 32_000)
 """So that an error in good health is seen even where it is rare."""
 EXPECTED_VERDICTS = {
     "healthy": "healthy",
@@ -366,7 +366,7 @@ def curves_part(parts: dict[str, Any]) -> str:
     seeds, further = parts["seeds"], parts["further seeds"]
     number, further_number = (part["last"] - part["first"] + 1 for part in (seeds, further))
     return f"""{number} simulated runs of each kind, 5 to 100 epochs, seeds {seeds["first"]} to {seeds["last"]};
-the rules were made with an eye on seeds below 5,000. The curves come from a model of training
+the rules were made with an eye on seeds below 25,000. The curves come from a model of training
 (`experiments/doctor/training_curves.py`), into which the fault was put, and which knows nothing of the rules. Once the
 doctor knows the vocabulary and the learning rate, once the history alone, as of a foreign log. The aim is {TARGET:.0%}
 with the vocabulary known, and no error in a healthy run.
