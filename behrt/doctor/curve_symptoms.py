@@ -282,7 +282,7 @@ def _little_learned(facts: RunFacts) -> Symptom | None:
             last=moved.end,
             last_epoch=epoch_number(moved.last_epoch),
             fall_percent=100 * learned_share(facts, moved),
-            closed_percent=None if closed is None else 100 * closed,
+            learned_beyond_counting_percent=None if closed is None else 100 * closed,
             copying_loss=facts.copying_loss,
             floor_loss=facts.floor_loss,
         )
@@ -402,7 +402,7 @@ def healthy(facts: RunFacts) -> Symptom | None:
             lowest=moved.low,
             lowest_epoch=epoch_number(moved.low_epoch),
             last=moved.end,
-            closed_percent=None if closed is None else 100 * closed,
+            learned_beyond_counting_percent=None if closed is None else 100 * closed,
             val_accuracy_low=interval[0] if interval else None,
             val_accuracy_high=interval[1] if interval else None,
         )
