@@ -272,7 +272,7 @@ def train(
         raise RefusedRun(f"refused: {reasons(result.diagnosis.of_severity('error'))}; --force trains all the same")
     if result.status == "FAILED":
         lost_to = [result.lost_to] if result.lost_to else result.diagnosis.of_severity("error")
-        raise LostRun(f"lost after epoch {result.last.epoch if result.last else 0}: {reasons(lost_to)}")
+        raise LostRun(f"ended after epoch {result.last.epoch if result.last else 0}: {reasons(lost_to)}")
 
 
 @cli.command()

@@ -143,7 +143,7 @@ def test_a_run_that_stands_still_is_ended_after_its_grace_with_exit_code_4(
         assert client(tmp_path).get_run(run["run_id"]).info.status == "FAILED"
         assert client(tmp_path).get_run(run["run_id"]).data.tags["diagnosis"] == "stuck_at_chance"
     assert (run["verdict"], run["lost_to"]) == ("stuck_at_chance", "stuck_at_chance")
-    assert "lost after epoch 10" in capsys.readouterr().err.splitlines()[-1]
+    assert "ended after epoch 10" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_patience_that_ends_a_run_at_chance_is_no_success(workspace: Workspace, tmp_path: Path) -> None:

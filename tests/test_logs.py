@@ -371,3 +371,9 @@ def test_names_and_values_that_may_be_a_patients_are_not_shown() -> None:
     with pytest.raises(UserError) as refused:
         read_log(b"epoch,val_loss\n1,F20.0\n", where="t.csv", columns={})
     assert "F20" not in str(refused.value)
+
+
+def test_hugging_faces_printed_summary_is_no_epoch() -> None:
+    text = "{'loss': 7.0, 'epoch': 1.0}\n{'loss': 6.5, 'epoch': 2.0}\n"
+    summary = "{'train_runtime': 100.0, 'train_loss': 6.75, 'epoch': 2.0}\n"
+    assert curves_in(text + summary) == curves_in(text) == {"train_loss": [(1, 7.0), (2, 6.5)]}

@@ -213,7 +213,7 @@ def test_a_diverging_run_fails_with_exit_code_4_and_the_remedy(
         client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlruns/mlflow.db")
         assert client.get_run(run["run_id"]).info.status == "FAILED"
     assert (run["status"], run["verdict"], run["lost_to"]) == ("FAILED", "diverged", "not_finite")
-    assert capsys.readouterr().err.splitlines()[-1].endswith("(not_finite), try --lr 1e30 → 1e29")
+    assert capsys.readouterr().err.splitlines()[-1].endswith("(not_finite), try --lr 1e30 → 0.001")
 
 
 def test_an_interrupted_run_is_marked_killed_and_keeps_its_epochs(

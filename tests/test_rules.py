@@ -64,6 +64,7 @@ CASES = {
     "loss_spikes": Case(
         curves={"train_loss": [7.0, 6.5, 9.0, 6.1, 5.9, 5.8]}, silent_curves={"train_loss": FALLING}
     ),
+    "too_little_to_judge": Case(curves={"train_loss": FALLING}, silent_curves={"val_loss": FALLING}),
     "noisy_validation": Case(
         curves={"val_loss": FLAT}, silent_curves={"val_loss": FLAT}, silent_facts={"val_patients": 500}
     ),

@@ -727,3 +727,9 @@ def test_a_real_run_in_the_store_alone_gives_the_same_curves(
     for name in ("lr", "use_lora", "vocab_size", "max_position", "total_parameters", "chance_loss", "device"):
         assert by_store.get(name) == by_folder.get(name)
         assert by_store.get(name) is not None
+
+
+def test_the_history_of_a_run_of_ours_is_read_with_the_run_beside_it(workspace: Workspace) -> None:
+    by_history = read_target(str(workspace.full / "logs" / "metrics_history.json"))
+    assert by_history.known() == read_target(str(workspace.full)).known()
+    assert by_history.floor_loss is not None

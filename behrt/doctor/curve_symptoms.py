@@ -36,6 +36,7 @@ from behrt.doctor.readings import (
     latter_half,
     learned_share,
     losses,
+    lowest_accuracy,
     main_loss,
     numbers,
     past_grace,
@@ -65,6 +66,8 @@ GONE = 1.5
 """A run that is over at this multiple of where it began ended in an explosion, be it in its last epoch alone."""
 ERRATIC = 0.05
 """A loss whose jitter is this share of itself, and that does not fall, is thrown about by its own steps."""
+FAILING_RATE = 1e-2
+"""At this learning rate full training and LoRA both failed (docs/learning.md)."""
 ACCURACY_GAP = 0.20
 ACCURACY_SHARE = 0.20
 SLOW_CLOSING = 0.25
@@ -232,7 +235,7 @@ def accuracy_gap(facts: RunFacts) -> Symptom | None:
     if accuracies is None:
         return None
     train, val = accuracies
-    if train - highest_accuracy(facts, val) <= ACCURACY_GAP:
+    if lowest_accuracy(facts, train) - highest_accuracy(facts, val) <= ACCURACY_GAP:
         return None
     return Symptom(numbers(train_accuracy=train, val_accuracy=val, gap_points=100 * (train - val)))
 
@@ -245,7 +248,7 @@ def low_val_accuracy(facts: RunFacts) -> Symptom | None:
     guessing = 1 / facts.vocab_size if facts.vocab_size else 0.001
     if facts.unigram_accuracy is not None:
         guessing = max(guessing, facts.unigram_accuracy)
-    if train < 5 * guessing or highest_accuracy(facts, val) >= ACCURACY_SHARE * train:
+    if train < 5 * guessing or highest_accuracy(facts, val) >= ACCURACY_SHARE * lowest_accuracy(facts, train):
         return None
     return Symptom(numbers(train_accuracy=train, val_accuracy=val, share_percent=100 * val / train))
 
@@ -333,9 +336,20 @@ def learning_rate_too_high(facts: RunFacts) -> Symptom | None:
     for check in (not_finite, diverged, loss_spikes):
         if symptom := check(facts):
             return Symptom({**symptom.evidence, **numbers(lr=facts.lr)})
-    if facts.lr is not None and facts.lr >= 1e-2 and not facts.curves:
+    learned = main_loss(facts) is not None and not (_little_learned(facts) or stuck_at_chance(facts))
+    if facts.lr is not None and facts.lr >= FAILING_RATE and not learned:
         return Symptom(numbers(lr=facts.lr))
     return None
+
+
+def too_little_to_judge(facts: RunFacts) -> Symptom | None:
+    train, val = losses(facts)
+    curve = main_loss(facts)
+    if curve is None or (spans_enough(curve) and val is not None):
+        return None
+    span = int(curve.epochs[-1] - curve.epochs[0]) + 1
+    missing = "validation loss" if val is None else "training loss" if train is None else None
+    return Symptom(numbers(epochs=span, needed=FEWEST_EPOCHS, missing=missing))
 
 
 def noisy_validation(facts: RunFacts) -> Symptom | None:

@@ -255,6 +255,8 @@ def read_lines(text: str) -> tuple[Points, dict[str, Any]]:
     epoch: float | None = None
     told: set[str] = set()  # figures on the line of the current epoch itself; what is printed later is another's
     for row, line in enumerate(_COLOUR.sub("", text).splitlines(), 1):
+        if "train_runtime" in line:
+            continue  # Hugging Face's last line: means over the whole training, under the number of its last epoch
         found, figures = _EPOCH.search(line), _figures(line)
         if found:
             if epoch is not None and float(found["epoch"]) < epoch and float(found["epoch"]) <= 1:

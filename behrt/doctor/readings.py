@@ -156,6 +156,11 @@ def accuracy_interval(accuracy: float, scored: int) -> tuple[float, float]:
     return wilson_interval(round(accuracy * scored), scored)
 
 
+def lowest_accuracy(facts: RunFacts, train_accuracy: float) -> float:
+    """Lower end of the training accuracy's interval: it is measured on about as many tokens as validation."""
+    return accuracy_interval(train_accuracy, facts.val_scored)[0] if facts.val_scored else train_accuracy
+
+
 def highest_accuracy(facts: RunFacts, val_accuracy: float) -> float:
     """Upper end of the validation accuracy's interval; the accuracy itself where its scored tokens are not counted."""
     return accuracy_interval(val_accuracy, facts.val_scored)[1] if facts.val_scored else val_accuracy

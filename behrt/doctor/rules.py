@@ -10,7 +10,17 @@ from behrt.doctor import curve_symptoms as curve
 from behrt.doctor import readings
 from behrt.doctor import setup_symptoms as setup
 from behrt.doctor.facts import RunFacts
-from behrt.doctor.remedies import Advice, Remedy, larger_model, lower_to, raise_to, set_to, smaller_model, times
+from behrt.doctor.remedies import (
+    Advice,
+    Remedy,
+    larger_model,
+    lower_to,
+    raise_to,
+    set_to,
+    slow_down,
+    smaller_model,
+    times,
+)
 from behrt.doctor.rule import Rule
 
 HIGHEST_RATE = 3e-3
@@ -62,16 +72,22 @@ REGULARISE = (
     MORE_RECORDS,
 )
 LEARN_MORE = (
+    Remedy("lr", slow_down, "a rate that can learn", lambda facts: (facts.lr or 0) >= curve.FAILING_RATE),
     Remedy("model_size", larger_model, "more capacity", from_random),
     Remedy("lora_rank", raise_to(32), "more trainable parameters", with_lora),
     Remedy("dropout", lower_to(0.05, then=0.0), "less regularisation"),
     Remedy("epochs", raise_to(200, then=400), "longer training"),
     Remedy("early_stopping_patience", lambda current: None if current == 0 else raise_to(20)(current), "more patience"),
     Remedy("lr", times(5, unknown=5e-4, at_most=HIGHEST_RATE), "faster learning"),
-    Remedy("lr", times(0.1, unknown=5e-5), "finer steps", lambda facts: (facts.lr or 0) >= HIGHEST_RATE),
+    Remedy(
+        "lr",
+        times(0.1, unknown=5e-5),
+        "finer steps",
+        lambda facts: HIGHEST_RATE <= (facts.lr or 0) < curve.FAILING_RATE,
+    ),
 )
 CALM_DOWN = (
-    Remedy("lr", times(0.1, unknown=1e-5), "smaller steps"),
+    Remedy("lr", slow_down, "smaller steps"),
     Remedy("weight_decay", lower_to(0.001), "less pull on the weights"),
     Remedy("gradient_clip", lower_to(1.0, then=0.5), "bounds a step"),
 )
@@ -205,8 +221,8 @@ CURVE_RULES: tuple[Rule, ...] = (
         id="learning_rate_too_high",
         title="The learning rate is too high",
         severity="warning",
-        when="a loss diverges, is not finite or spikes; or, before the first epoch, the rate is 0.01 or more, with "
-        "which full training and LoRA both failed",
+        when=f"a loss diverges, is not finite or spikes; or the rate is {curve.FAILING_RATE:g} or more and nothing was "
+        "learned with it, or not yet tried",
         source="guide, Learning Rate Too High/Low; docs/learning.md for 0.01",
         needs=("train_loss|val_loss|lr",),
         check=curve.learning_rate_too_high,
@@ -254,6 +270,16 @@ CURVE_RULES: tuple[Rule, ...] = (
         remedies=CALM_DOWN,
     ),
     Rule(
+        id="too_little_to_judge",
+        title="Too little is recorded for a verdict",
+        severity="info",
+        when=f"the losses span fewer than {readings.FEWEST_EPOCHS} epochs, or there is no validation loss",
+        source="guide, Check Loss Curves: both losses, over 15 epochs",
+        needs=("train_loss|val_loss",),
+        check=curve.too_little_to_judge,
+        remedies=(Advice("record training and validation loss over more epochs"),),
+    ),
+    Rule(
         id="noisy_validation",
         title="Validation loss jumps about more than it moves",
         severity="warning",
@@ -264,7 +290,10 @@ CURVE_RULES: tuple[Rule, ...] = (
         check=curve.noisy_validation,
         remedies=(
             Remedy("num_patients", raise_to(5000, then=10_000), "a larger validation set", simulated),
-            Advice("prepare with a larger tuning share: --split 70/20/10", lambda facts: not simulated(facts)),
+            Advice(
+                "prepare more patients, or, of a source without splits, a larger tuning share: --split 70/20/10",
+                lambda facts: not simulated(facts),
+            ),
         ),
     ),
     Rule(
@@ -347,13 +376,13 @@ SETUP_RULES: tuple[Rule, ...] = (
                 "train_embeddings",
                 set_to(False),
                 "they are trained already",
-                lambda facts: (facts.trainable_percent or 0) > setup.MOST_OF_PRETRAINED,
+                lambda facts: (facts.trainable_percent or 0) > setup.MOST_OF_PRETRAINED and not facts.new_codes,
             ),
             Remedy(
                 "train_head",
                 set_to(False),
                 "it is trained already",
-                lambda facts: (facts.trainable_percent or 0) > setup.MOST_OF_PRETRAINED,
+                lambda facts: (facts.trainable_percent or 0) > setup.MOST_OF_PRETRAINED and not facts.new_codes,
             ),
             Remedy(
                 "lora_rank",
@@ -506,7 +535,7 @@ SETUP_RULES: tuple[Rule, ...] = (
         remedies=(
             Remedy("num_patients", raise_to(5000), "a tenth of them validates", simulated),
             Advice(
-                "prepare more patients, or a larger tuning share: --split 70/20/10",
+                "prepare more patients, or, of a source without splits, a larger tuning share: --split 70/20/10",
                 lambda facts: not simulated(facts) or (facts.num_patients or 0) >= 5000,
             ),
         ),

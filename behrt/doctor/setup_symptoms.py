@@ -185,7 +185,8 @@ def small_validation_set(facts: RunFacts) -> Symptom | None:
             val_patients=patients,
             expected=FEW_PATIENTS,
             scored_codes=facts.val_scored,
-            val_accuracy=accuracy,
+            val_accuracy=accuracy if accuracies else None,
+            unigram_accuracy=None if accuracies else accuracy,
             accuracy_low=interval[0] if interval else None,
             accuracy_high=interval[1] if interval else None,
         )

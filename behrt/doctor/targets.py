@@ -70,6 +70,9 @@ def read_target(target: str, *, columns: Mapping[str, str] | None = None) -> Run
             return read_folder(path, columns)
         if path.name == "run.json" and path.exists():
             return read_folder(path.parent, columns)
+        of_a_run = path.parent.parent / "run.json"
+        if path.parts[-2:] == tuple(HISTORY.split("/")) and of_a_run.exists():
+            return read_folder(of_a_run.parent, columns)  # the run says more than its history alone
         if path.exists():
             return read_log(read_text_file(path), where=target, columns=columns)
     except OSError as error:
