@@ -29,6 +29,7 @@ History = Mapping[str, Sequence[Mapping[str, Any]]]
 REFERENCE_LINES: dict[str, tuple[str, str, LineStyleType]] = {
     "chance": ("chance", "0.55", ":"),
     "unigram": ("unigram", "0.35", "-."),
+    "copying": ("with copying", "0.35", (0, (1, 1))),
     "floor": ("floor", "C2", "-"),
 }
 """Label, colour and line style of each baseline."""
@@ -58,7 +59,12 @@ FAR_ABOVE = 1.5
 
 def draw_curves(history: History, baselines: Baselines, folder: Path, *, title: str) -> list[Path]:
     """Writes `loss_curve.png` and `accuracy_curve.png` into `folder`; returns their paths."""
-    loss_lines = {"chance": baselines.chance_loss, "unigram": baselines.unigram_loss, "floor": baselines.floor_loss}
+    loss_lines = {
+        "chance": baselines.chance_loss,
+        "unigram": baselines.unigram_loss,
+        "copying": baselines.copying_loss,
+        "floor": baselines.floor_loss,
+    }
     accuracy_lines = {"unigram": baselines.unigram_accuracy, "floor": baselines.floor_accuracy}
     return [
         _draw(history, "loss", loss_lines, folder / "loss_curve.png", title=title),

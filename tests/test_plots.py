@@ -42,6 +42,15 @@ def test_the_floor_is_drawn_in(tmp_path: Path) -> None:
     assert drawn[0].shape != drawn[1].shape or not np.array_equal(drawn[0], drawn[1])
 
 
+def test_what_copying_reaches_is_drawn_in(tmp_path: Path) -> None:
+    with_line = Baselines(6.9, 6.1, 0.04, copying_loss=5.6)
+    drawn = [
+        imread(draw_curves(HISTORIES["many epochs"], baselines, tmp_path / str(number), title="a")[0])
+        for number, baselines in enumerate((with_line, Baselines(6.9, 6.1, 0.04)))
+    ]
+    assert drawn[0].shape != drawn[1].shape or not np.array_equal(drawn[0], drawn[1])
+
+
 def test_no_figure_stays_open(tmp_path: Path) -> None:
     import matplotlib.pyplot as plt
 
