@@ -20,8 +20,9 @@ LAYERS = (
     ("trainer", "cooccurrence", "records"),
     (
         "doctor.curves", "doctor.facts", "doctor.remedies", "doctor.rule", "doctor.readings", "doctor.curve_symptoms",
-        "doctor.setup_symptoms", "doctor.rules", "doctor.explain", "doctor.diagnosis", "doctor.masks", "doctor.memory",
-        "doctor.preflight", "doctor.logs", "doctor.tables", "doctor.targets", "doctor.checkup", "comparison", "plots",
+        "doctor.setup_symptoms", "doctor.curve_rules", "doctor.setup_rules", "doctor.rules", "doctor.explain",
+        "doctor.diagnosis", "doctor.masks", "doctor.memory", "doctor.preflight", "doctor.logs", "doctor.tables",
+        "doctor.targets", "doctor.checkup", "comparison", "plots",
     ),
     (),
     ("run_report", "pretrain"),

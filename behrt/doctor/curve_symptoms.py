@@ -5,7 +5,7 @@ levels, means over a few epochs (`curves.movement`), and count from a share of t
 in any vocabulary: in the guide's excerpts at 1,000 codes a healthy run has lost 7% of its loss after five epochs, an
 underfitting one 2.5% after fifteen, and one whose learning rate is too low 0.7% after twenty.
 
-Each predicate returns what it saw, or None. `rules.py` says what follows from it.
+Each predicate returns what it saw, or None. `curve_rules.py` says what follows from it.
 """
 
 from __future__ import annotations

@@ -115,3 +115,18 @@ def smaller_model(current: str | None) -> str | None:
 
 def _rounded(value: float) -> float:
     return float(f"{value:.3g}")
+
+
+def with_lora(facts: RunFacts) -> bool:
+    """Whether flags of LoRA have an effect, as far as is known."""
+    return facts.use_lora is not False
+
+
+def simulated(facts: RunFacts) -> bool:
+    """Whether the number of patients is a flag."""
+    return facts.data is None
+
+
+def from_random(facts: RunFacts) -> bool:
+    """Whether the model's shape is free: a pre-trained run brings its own."""
+    return not facts.pretrained

@@ -1,6 +1,6 @@
 """Which symptoms do parameters, settings, records and machine show?
 
-None of them needs an epoch. Each predicate returns what it saw, or None; `rules.py` says what follows from it.
+None of them needs an epoch. Each predicate returns what it saw, or None; `setup_rules.py` says what follows from it.
 """
 
 from __future__ import annotations
