@@ -32,23 +32,19 @@ from scipy import sparse
 from scipy.special import stdtrit
 
 from behrt.batches import FlatSequences, MaskedSequences
-from behrt.masking import Stream, mask_tokens, stream
-from behrt.metrics import unigram
+from behrt.masking import FIXED_SEED, Stream, mask_tokens, stream
+from behrt.metrics import WORTH_HAVING, unigram
 from behrt.vocabulary import FIRST_CODE, MASK
 
 Verdict = Literal["learnable", "nothing", "undecided"]
 View = Literal["patient", "visit", "before", "after", "age"]
 
-WORTH_HAVING = 0.02
-"""Nats per `[MASK]` token. A smaller gain lowers the perplexity by less than 2%, which nobody trains a model for. On
-random codes the limit `high` is below it from about 100 patients on."""
 FEWEST_PATIENTS = 50
 """Of the evidence, for an upper limit: fewer show so little of what stands together that finding none is no proof."""
 
 BAGS: tuple[View, ...] = ("patient", "visit")
 """Views with several contexts a token; the others have one at most."""
 
-FIXED_SEED = 0
 FOLDS = 5
 STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
 """The κ of the mixture: from counts that are believed to counts that hardly move p."""

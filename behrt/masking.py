@@ -18,6 +18,9 @@ import numpy.typing as npt
 from behrt.config import SELECTED_SHARE, SHOWN_AS_MASK, SHOWN_AS_RANDOM
 from behrt.vocabulary import FIRST_CODE, MASK
 
+FIXED_SEED = 0
+"""Seed of everything that must be the same in runs of any seed: validation masks, samples of training patients."""
+
 
 class Stream(IntEnum):
     """What a random stream is for; streams of one seed are independent of each other."""

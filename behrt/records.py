@@ -19,14 +19,11 @@ from behrt.cooccurrence import measure_cooccurrence
 from behrt.files import locked
 from behrt.floor import Floor, exact_floor
 from behrt.history import Baselines
-from behrt.masking import Stream, stream
+from behrt.masking import FIXED_SEED, Stream, stream
 from behrt.metrics import chance_loss, copying_loss, unigram, unigram_loss_and_accuracy
 from behrt.prepare import Progress, prepare
 from behrt.prepare_options import PrepareOptions
 from behrt.sequences import PreparedData, PreparedSplit, open_prepared
-
-FIXED_SEED = 0
-"""Seed of everything that must be the same in runs of any seed: validation masks, the evaluated training patients."""
 
 SHORTEST_ROW = 128
 """Rows of short sequences are made this long, so that several patients share one."""

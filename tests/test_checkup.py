@@ -2,6 +2,7 @@
 
 import json
 from contextlib import chdir
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,13 @@ import torch
 from mlflow import MlflowClient
 
 from behrt.cli import main
+from behrt.config import load_experiment
 from behrt.console import TerminalListener
+from behrt.doctor.checkup import facts_of_records
 from behrt.doctor.targets import read_target
 from behrt.history import read_history, read_run
 from behrt.model import Attention
+from behrt.records import Records, open_records, select_records
 from behrt.trainer import Trainer
 
 from .conftest import Workspace
@@ -243,3 +247,25 @@ def test_no_patient_is_named_in_a_diagnosis(workspace: Workspace) -> None:
     codes = [code for code in json.dumps(subjects).split('"') if "//" in code]
     assert codes
     assert not [code for code in codes if code in text]
+
+
+def records_of(workspace: Workspace) -> Records:
+    settings = load_experiment(flags={"data": str(workspace.prepared)})
+    return select_records(open_records(settings.data), settings)
+
+
+def test_validation_masks_that_are_drawn_otherwise_are_found(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = records_of(workspace)
+    assert facts_of_records(records)["validation_masks_fixed"] is True
+    monkeypatch.setattr("behrt.records.FIXED_SEED", 1)
+    assert facts_of_records(records)["validation_masks_fixed"] is False
+
+
+def test_patients_who_train_and_validate_are_counted(workspace: Workspace) -> None:
+    records = records_of(workspace)
+    assert facts_of_records(records)["shared_subjects"] == 0
+    tuning = records.data.split("tuning")
+    overlapping = replace(records, training=tuning, training_patients=np.arange(7))
+    assert facts_of_records(overlapping)["shared_subjects"] == 7

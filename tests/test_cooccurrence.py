@@ -19,7 +19,6 @@ from behrt.cohort import simulate
 from behrt.config import load_experiment
 from behrt.cooccurrence import (
     STRENGTHS,
-    WORTH_HAVING,
     Cooccurrence,
     clustered_interval,
     count,
@@ -31,7 +30,7 @@ from behrt.cooccurrence import (
     take,
 )
 from behrt.masking import mask_tokens
-from behrt.metrics import unigram
+from behrt.metrics import WORTH_HAVING, unigram
 from behrt.prepare import prepare
 from behrt.prepare_options import PrepareOptions
 from behrt.records import Records, open_records, select_records

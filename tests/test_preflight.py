@@ -4,7 +4,7 @@ import math
 import random
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from behrt.batches import IGNORED, MaskedSequences, PackedBatch, TrainingBatches, cut, gather
 from behrt.config import AdaptationSettings, BEHRTConfig, TrainingSettings
 from behrt.doctor import memory, preflight
-from behrt.doctor.masks import masks_change, same_batches
+from behrt.doctor.masks import masks_change
 from behrt.doctor.memory import (
     Keeping,
     Kept,
@@ -660,7 +660,8 @@ def test_masks_that_stay_with_their_patient_are_found_in_any_order() -> None:
         Patients(200), np.arange(200), batch_size=16, max_position=50, row_length=64,  # type: ignore[arg-type]
         vocab_size=VOCABULARY, seed=0,
     )  # fmt: skip
-    assert not same_batches(*(next(iter(wrong.epoch(epoch))) for epoch in (1, 2)))
+    first, second = (next(iter(wrong.epoch(epoch)))[0].codes for epoch in (1, 2))
+    assert not torch.equal(first, second)  # the order changes, and only the order
     assert masks_change(wrong.epoch(1), wrong.epoch(2)) is False
     assert look(model(), wrong)["training_masks_change"] is False
 
@@ -706,25 +707,3 @@ def test_no_more_steps_are_drawn_than_it_takes() -> None:
 
 
 # Two drawings of one set
-
-
-def test_two_equal_drawings_are_the_same_although_ages_may_be_unknown() -> None:
-    first, second = (next(iter(batches().epoch(1))) for _ in range(2))
-    assert first[0].ages.isnan().any()
-    assert same_batches(first, second)
-
-
-@pytest.mark.parametrize("name", [field.name for field in fields(PackedBatch)])
-def test_one_different_value_in_any_tensor_is_found(name: str) -> None:
-    first = next(iter(batches().epoch(1)))
-    changed = getattr(first[0], name).clone()
-    changed[-1, 3] = changed[-1, 3].nan_to_num() + 1
-    assert not same_batches(first, [replace(first[0], **{name: changed}), *first[1:]])
-
-
-def test_another_number_or_order_or_shape_or_dtype_is_another_set() -> None:
-    first = [step[0] for step in batches().epoch(1)]
-    assert not same_batches(first, first[:-1])
-    assert not same_batches(first, first[::-1])
-    assert not same_batches(first, [replace(first[0], codes=first[0].codes.int()), *first[1:]])
-    assert not same_batches(first, [replace(first[0], codes=first[0].codes[:1]), *first[1:]])

@@ -9,9 +9,10 @@ import pytest
 from behrt.config import SECTION_OF
 from behrt.doctor.curves import Curve
 from behrt.doctor.diagnosis import diagnose
-from behrt.doctor.explain import explain, remedies_in_general, rule_rows, rules_page
+from behrt.doctor.explain import explain, rule_rows, rules_page
 from behrt.doctor.facts import FACT_NAMES, RunFacts
 from behrt.doctor.remedies import Remedy
+from behrt.doctor.rule import Rule
 from behrt.doctor.rules import RULES
 from behrt.history import EPOCH_FIGURES
 
@@ -128,6 +129,11 @@ CASES = {
 }  # fmt: skip
 
 BY_ID = {rule.id: rule for rule in RULES}
+
+
+def remedies_in_general(rule: Rule) -> list[str]:
+    """The remedies of a rule for a run of which nothing is known."""
+    return [text for remedy in rule.remedies if (text := remedy.text(RunFacts())) is not None]
 
 
 def rules_found(facts: dict[str, Any], curves: dict[str, list[float]]) -> set[str]:

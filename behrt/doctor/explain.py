@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from behrt.config import UserError, nearest
 from behrt.doctor.facts import RunFacts
+from behrt.doctor.remedies import Remedy
 from behrt.doctor.rule import SEVERITIES, Rule
 from behrt.doctor.rules import RULES
 
@@ -27,11 +28,6 @@ def rule_named(name: str) -> Rule:
     return by_id[name]
 
 
-def remedies_in_general(rule: Rule) -> list[str]:
-    """The remedies of a rule for a run of which nothing is known."""
-    return [text for remedy in rule.remedies if (text := remedy.text(NOTHING_KNOWN)) is not None]
-
-
 def explain(rule: Rule) -> str:
     """All that a rule says, as Markdown."""
     lines = [f"### {rule.id}", "", f"**{rule.title}** ({rule.severity})", ""]
@@ -44,11 +40,11 @@ def explain(rule: Rule) -> str:
     if rule.foretells is not None:
         lines.append(f"- Verdict before the first epoch: `{rule.foretells}`.")
     lines.append(f"- Source: {rule.source}.")
-    if remedies := remedies_in_general(rule):
+    helpful = [(remedy, text) for remedy in rule.remedies if (text := remedy.text(NOTHING_KNOWN)) is not None]
+    if helpful:
         lines.append("- What helps, in this order:")
-        lines += [
-            f"  {number}. {f'`{text}`' if text.startswith('--') else text}" for number, text in enumerate(remedies, 1)
-        ]
+    for number, (remedy, text) in enumerate(helpful, 1):
+        lines.append(f"  {number}. " + (f"`{text}`: {remedy.why}" if isinstance(remedy, Remedy) else text))
     return "\n".join(lines)
 
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from behrt.batches import IGNORED, PADDING_SEGMENT, PackedBatch
 
@@ -67,20 +65,3 @@ def selected_tokens(batch: PackedBatch) -> dict[bytes, Selected]:
         content[:, start:stop].tobytes(): selected[start:stop]
         for start, stop in itertools.pairwise([*starts, len(positions)])
     }
-
-
-def same_batches(first: Sequence[PackedBatch], second: Sequence[PackedBatch]) -> bool:
-    """Whether two drawings of a set are the same bit for bit, order included."""
-    return len(first) == len(second) and all(
-        _same_bits(getattr(a, field.name), getattr(b, field.name))
-        for a, b in zip(first, second, strict=True)
-        for field in fields(a)
-    )
-
-
-def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
-    if first.dtype != second.dtype or first.shape != second.shape:
-        return False
-    if first.dtype == torch.float32:  # bits, since NaN, an unknown age, is not equal to itself
-        first, second = first.view(torch.int32), second.view(torch.int32)
-    return torch.equal(first, second)

@@ -20,6 +20,7 @@ from behrt.doctor.remedies import (
     smaller_model,
 )
 from behrt.doctor.rule import Rule
+from behrt.metrics import WORTH_HAVING
 
 
 def encoder_is_frozen(facts: RunFacts) -> bool:
@@ -212,7 +213,7 @@ SETUP_RULES: tuple[Rule, ...] = (
         title="The records hold nothing to learn",
         severity="error",
         when="a patient's other codes predict a masked code no better than counting does: the 95% interval of "
-        f"the gain does not lie above 0, and ends below {setup.NOTHING:g} nats per masked code; and no model has "
+        f"the gain does not lie above 0, and ends below {WORTH_HAVING:g} nats per masked code; and no model has "
         "beaten counting on them",
         source="guide, Synthetic Data Overfitting; checked against the exact floor in docs/doctor.md",
         needs=("cooccurrence_gain_low", "cooccurrence_gain_high"),

@@ -11,6 +11,7 @@ import re
 from behrt.doctor.facts import RunFacts
 from behrt.doctor.readings import FEW_PATIENTS, accuracy_interval, has_beaten_counting, last_accuracies, numbers
 from behrt.doctor.rule import Severity, Symptom
+from behrt.metrics import WORTH_HAVING
 
 MOST_TRAINABLE = 50.0
 LEAST_OF_PRETRAINED, MOST_OF_PRETRAINED = 2.0, 10.0
@@ -24,8 +25,6 @@ UNKNOWN = 0.10
 FULL_MEMORY = 0.9
 HOPELESS_MEMORY = 1.5
 """The estimate is good to a factor of 1.5: a run that needs more than this multiple of the memory cannot succeed."""
-NOTHING = 0.02
-"""Nats per masked code: a gain that is surely below this is not worth a training."""
 NEVER_CALLED = re.compile(r"self_attn\.out_proj$")
 """`nn.MultiheadAttention` reads the weight of this layer and never calls it."""
 
@@ -158,7 +157,7 @@ def nothing_to_learn(facts: RunFacts) -> Symptom | None:
     low, high = facts.cooccurrence_gain_low, facts.cooccurrence_gain_high
     assert low is not None
     assert high is not None
-    if low > 0 or high >= NOTHING or has_beaten_counting(facts):
+    if low > 0 or high >= WORTH_HAVING or has_beaten_counting(facts):
         return None
     return Symptom(
         numbers(
