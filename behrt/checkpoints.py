@@ -26,6 +26,9 @@ from behrt.vocabulary import FIRST_CODE, Vocabulary
 
 FORMAT_VERSION = 1
 
+OPTIMIZER_FILE = "optimizer.safetensors"
+"""Beside the weights where the training can go on from them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
@@ -69,8 +72,19 @@ class Checkpoint:
     base: Base
 
 
-def save_checkpoint(folder: Path, model: BEHRTForMaskedLM, *, vocabulary: Vocabulary, epoch: int, base: Base) -> None:
-    """Writes `folder`, whole or not at all; a former checkpoint there is replaced."""
+def save_checkpoint(
+    folder: Path,
+    model: BEHRTForMaskedLM,
+    *,
+    vocabulary: Vocabulary,
+    epoch: int,
+    base: Base,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
+    """Writes `folder`, whole or not at all; a former checkpoint there is replaced.
+
+    With the `optimizer` that trains the model, `restore_checkpoint` can put the training back to this very point.
+    """
     with replacing_folder(folder) as beside:
         is_lora = bool(adapted_layers(model))
         if is_lora:
@@ -90,6 +104,8 @@ def save_checkpoint(folder: Path, model: BEHRTForMaskedLM, *, vocabulary: Vocabu
                 "base": asdict(base),
             },
         )
+        if optimizer is not None:
+            save_file(_optimizer_tensors(optimizer, model), beside / OPTIMIZER_FILE)
 
 
 def load_checkpoint(folder: Path, *, load_base: Callable[[Base], Checkpoint] | None = None) -> Checkpoint:
@@ -116,6 +132,33 @@ def load_checkpoint(folder: Path, *, load_base: Callable[[Base], Checkpoint] | N
         model = BEHRTForMaskedLM(config)
         _load_state(model, folder / "model.safetensors")
     return Checkpoint(model=model.eval(), vocabulary=vocabulary, epoch=epoch, base=base)
+
+
+def restore_checkpoint(
+    folder: Path,
+    model: BEHRTForMaskedLM,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    load_base: Callable[[Base], Checkpoint] | None = None,
+) -> int:
+    """Puts the weights of a checkpoint into `model`, which was built alike, and its state into the `optimizer`.
+
+    Returns:
+        The epoch after which it was saved.
+
+    Raises:
+        UserError: no checkpoint, a damaged one, one of another model, or one without the state of an optimizer.
+    """
+    checkpoint = load_checkpoint(folder, load_base=load_base)
+    state = checkpoint.model.state_dict()
+    if {name: value.shape for name, value in state.items()} != {
+        name: value.shape for name, value in model.state_dict().items()
+    }:
+        raise UserError(f"{folder}: its tensors do not fit the model that the settings describe")
+    model.load_state_dict(state)
+    if optimizer is not None:
+        _load_optimizer(optimizer, model, folder / OPTIMIZER_FILE)
+    return checkpoint.epoch
 
 
 def make_base(
@@ -183,11 +226,42 @@ def _read_about(folder: Path) -> dict[str, Any]:
 
 
 def _load_state(model: nn.Module, path: Path) -> None:
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError):
-        raise UserError(f"{path}: is missing or damaged; choose another checkpoint") from None
+    state = _load_tensors(path)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if {name: tuple(value.shape) for name, value in state.items()} != expected:
         raise UserError(f"{path}: its tensors do not fit the model that checkpoint.json describes")
     model.load_state_dict(state)
+
+
+def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        raise UserError(f"{path}: is missing or damaged; choose another checkpoint") from None
+
+
+def _optimized_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
+    """The name of each optimized parameter, in the order in which the optimizer counts them."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state of the optimizer as `<parameter>/<what>`; nothing for a parameter that has never been stepped."""
+    names, state = _optimized_names(optimizer, model), optimizer.state_dict()["state"]
+    return {
+        f"{names[index]}/{what}": tensor.detach().cpu().contiguous()
+        for index, tensors in state.items()
+        for what, tensor in tensors.items()
+    }
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, path: Path) -> None:
+    index = {name: number for number, name in enumerate(_optimized_names(optimizer, model))}
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in _load_tensors(path).items():
+        name, _, what = key.rpartition("/")
+        if name not in index:
+            raise UserError(f"{path}: belongs to another model; it trains {name}")
+        state.setdefault(index[name], {})[what] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

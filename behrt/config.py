@@ -305,6 +305,10 @@ SECTION_OF: dict[str, str] = {name: section for section, cls in SECTIONS.items()
 """The section of each setting; names are unique over sections, so that a flag needs no prefix."""
 
 
+LORA_ONLY = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "freeze_base")
+"""Settings that have no effect without LoRA."""
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     "m1": {
         "model_size": "small",
@@ -408,8 +412,7 @@ def refuse_idle_flags(settings: ExperimentSettings, flags: Mapping[str, Any]) ->
     """`UserError` for a flag that would change nothing: most likely another one was forgotten."""
     idle: dict[str, str] = {}
     if not settings.adaptation.use_lora:
-        lora = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "freeze_base")
-        idle |= dict.fromkeys(lora, "has no effect without --use-lora; add it, or leave this out")
+        idle |= dict.fromkeys(LORA_ONLY, "has no effect without --use-lora; add it, or leave this out")
     if settings.data.data is not None:
         simulated = ("num_patients", "structure", "simulation_seed")
         idle |= dict.fromkeys(simulated, "is for simulated cohorts, and --data names prepared records; leave one out")

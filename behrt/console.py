@@ -22,17 +22,10 @@ from behrt.history import Baselines, EpochRecord
 from behrt.parameters import ParameterCounts
 from behrt.prepare import report_rows
 from behrt.run_report import Listener, RunResult, RunStart
+from behrt.terminal import best_mark
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
-
-
-def stderr_console() -> Console:
-    """A console that neither colours numbers nor wraps lines in a log file."""
-    console = Console(stderr=True, highlight=False)
-    if not console.is_terminal:
-        console = Console(stderr=True, highlight=False, width=160)
-    return console
 
 
 class ProgressBar:
@@ -67,19 +60,6 @@ class ProgressBar:
             self._progress.remove_task(self._task)
             self._progress.stop()
             self._task = None
-
-
-def best_mark(encoding: str | None) -> str:
-    """The guide's cup for the best epoch so far, or a word where the terminal cannot show it.
-
-    >>> best_mark("ascii")
-    '(best)'
-    """
-    try:
-        "🏆".encode(encoding or "ascii")
-    except (UnicodeEncodeError, LookupError):
-        return "(best)"
-    return "🏆"
 
 
 def epoch_line(record: EpochRecord, *, epochs: int, patience: int, mark: str) -> str:

@@ -8,13 +8,14 @@ store is fed from it. A new run moves the former one to `earlier/<run id>/`: not
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from behrt.config import UserError
-from behrt.files import FolderLock, read_json, write_json, write_text
+from behrt.files import FolderLock, read_json, replacing_folder, write_json, write_text
 
 EPOCH_FIGURES = (
     "train_loss",
@@ -151,16 +152,27 @@ class RunFolder:
 
     def add_epoch(self, record: EpochRecord) -> None:
         """Appends one epoch and rewrites the history atomically."""
-        for name, value in record.figures().items():
-            # JSON has no NaN; null keeps the epoch in its place and every reader working
-            point = {"epoch": record.epoch, "value": finite(value)}
-            self._history.setdefault(name, []).append(point)
+        self._append(record)
+        write_json(self.history_file, self._history)
+
+    def take_over(self, former: Path, epochs: Sequence[EpochRecord]) -> None:
+        """Begins with the checkpoints of another folder, and with the history that led to them."""
+        with replacing_folder(self.checkpoints) as beside:
+            shutil.copytree(former / self.checkpoints.name, beside, dirs_exist_ok=True)
+        for record in epochs:
+            self._append(record)
         write_json(self.history_file, self._history)
 
     @property
     def history(self) -> Mapping[str, list[dict[str, Any]]]:
         """`{"train_loss": [{"epoch": 1, "value": 6.9}, …], …}`."""
         return self._history
+
+    def _append(self, record: EpochRecord) -> None:
+        for name, value in record.figures().items():
+            # JSON has no NaN; null keeps the epoch in its place and every reader working
+            point = {"epoch": record.epoch, "value": finite(value)}
+            self._history.setdefault(name, []).append(point)
 
     def write_run(self, **fields: Any) -> None:
         """Rewrites `run.json`; numbers that are not finite become null."""

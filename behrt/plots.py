@@ -83,7 +83,7 @@ def _draw(history: History, figure_name: str, lines: Mapping[str, float | None],
         for point in history.get(key, ())
         if point["value"] is not None
     ]
-    with _saved_figure(path, width=8.4) as figure:
+    with saved_figure(path, width=8.4) as figure:
         axes = figure.add_subplot()
         if rows:
             frame = pd.DataFrame(rows)
@@ -123,7 +123,7 @@ def draw_comparison(
     colours = dict(zip(runs, palette, strict=False))
     handles = _legend(drawn, colours, shared)
     height = max(FIGURE_HEIGHT, 0.22 * sum(str(handle.get_label()).count("\n") + 1 for handle in handles))
-    with _saved_figure(path, width=3.2 + 4.2 * len(drawn), height=height) as figure:
+    with saved_figure(path, width=3.2 + 4.2 * len(drawn), height=height) as figure:
         panels = figure.subplots(1, len(drawn), squeeze=False)[0]
         for axes, (figure_name, curves_of_run) in zip(panels, drawn.items(), strict=True):
             for name, curves in curves_of_run.items():
@@ -207,7 +207,7 @@ def _cut_off(axes: Axes, curves: Sequence[Curve], lines: Iterable[float]) -> Non
 
 
 @contextmanager
-def _saved_figure(path: Path, *, width: float, height: float = FIGURE_HEIGHT) -> Iterator[Figure]:
+def saved_figure(path: Path, *, width: float, height: float = FIGURE_HEIGHT) -> Iterator[Figure]:
     """A figure of seaborn's style, so many inches wide and high, that becomes the file `path`."""
     import matplotlib.pyplot as plt
     import seaborn as sns

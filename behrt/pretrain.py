@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from behrt.batches import PackedBatch, TrainingBatches
-from behrt.checkpoints import Base, Transplant, make_base, save_checkpoint
+from behrt.checkpoints import OPTIMIZER_FILE, Base, Transplant, make_base, save_checkpoint
 from behrt.config import ExperimentSettings, UserError, experiment_yaml
 from behrt.devices import choose_device, choose_precision
 from behrt.doctor.checkup import Checkup, facts_before_training, tolerated
@@ -34,8 +34,9 @@ from behrt.masking import Stream, torch_seed
 from behrt.model import BEHRTForMaskedLM
 from behrt.parameters import ParameterCounts, apply_lora_to_behrt, count_parameters, set_trainable
 from behrt.plots import draw_curves
-from behrt.records import Records, open_records, select_records
-from behrt.run_report import Listener, RunResult, RunStart
+from behrt.records import Records, RecordsCache
+from behrt.resume import Attempt, best_of, find_attempt, go_on
+from behrt.run_report import STATUS_OF_OUTCOME, Listener, RunResult, RunStart, StudyTrial
 from behrt.runs import load_base, name_base
 from behrt.sequences import open_prepared
 from behrt.tracking import TrackedRun
@@ -116,6 +117,9 @@ def pretrain(
     folder: Path,
     listener: Listener | None = None,
     force: bool = False,
+    records_cache: RecordsCache | None = None,
+    trial: StudyTrial | None = None,
+    continue_from: Path | None = None,
 ) -> RunResult:
     """Trains one model and leaves a finished run in `folder` and in MLflow.
 
@@ -123,9 +127,13 @@ def pretrain(
         experiment: name under which MLflow groups the runs.
         folder: the experiment folder.
         force: train even where the pre-flight finds that the run cannot learn.
+        records_cache: shares opened records with other runs of this process.
+        trial: the trial of a study that the run is; its status in MLflow is then that of the trial.
+        continue_from: folder of an attempt at the same run that was cut off; what it trained is not trained again.
 
     Returns:
-        The result; `status` is FAILED where the pre-flight refused the run, and where the doctor ended it.
+        The result; `status` is FAILED where the pre-flight refused the run and where the doctor ended it, KILLED where
+        the listener pruned it.
 
     Raises:
         UserError: settings and records that do not go together, a folder that is in use, a store that cannot be
@@ -136,7 +144,8 @@ def pretrain(
     started = time.perf_counter()
     device = choose_device(settings.training.device)
     precision = choose_precision(settings.training.precision, device)
-    records = select_records(open_records(settings.data, progress=listener.preparing), settings)
+    records = (records_cache or RecordsCache()).select(settings, progress=listener.preparing)
+    attempt = find_attempt(continue_from, settings) if continue_from is not None else None
     model, base, transplanted = build_model(settings, records)
     steps = TrainingBatches(
         records.training,
@@ -161,6 +170,8 @@ def pretrain(
                 "size": settings.model.model_size,
                 "adaptation": adaptation_name(settings),
             },
+            study_run_id=trial.study_run_id if trial else None,
+            trial_number=trial.number if trial else None,
         )
         try:
             run_folder.begin(experiment_yaml(settings))
@@ -183,6 +194,7 @@ def pretrain(
             counts=count_parameters(model),
             transplant=transplanted,
             truncated_share=records.truncated_share,
+            trial=trial,
         )
         batches: dict[str, Any] = {
             "steps": steps,
@@ -209,10 +221,14 @@ def pretrain(
             if result.diagnosis.of_severity("error") and not force:
                 result.refused = True
                 return result
+            if attempt is not None:
+                go_on(attempt, run_folder, model, trainer, keep)
+                _tell_again(attempt, result, run_folder, tracked, listener)
             try:
                 _train(trainer, result, run_folder, tracked, keep, listener)
             except KeyboardInterrupt:
-                keep(run_folder.checkpoints / "last", epoch=result.last.epoch if result.last else 0)
+                if result.last is None:  # else the last epoch's checkpoint stands, from which the run can go on
+                    keep(run_folder.checkpoints / "last", epoch=0)
                 raise
     finally:
         run_folder.release()
@@ -244,6 +260,17 @@ def _log_start(start: RunStart, tracked: TrackedRun, records: Records) -> None:
         tracked.log_figures(asdict(start.transplant))
 
 
+def _tell_again(
+    attempt: Attempt, result: RunResult, run_folder: RunFolder, tracked: TrackedRun, listener: Listener
+) -> None:
+    """The epochs of the earlier attempt, to everybody who is told of epochs."""
+    result.last, result.best = attempt.epochs[-1], best_of(attempt.epochs)
+    for record in attempt.epochs:
+        tracked.log_figures(record.figures(), step=record.epoch)
+    result.checkup.update(run_folder.history)
+    listener.went_on(attempt.epochs)
+
+
 def _train(
     trainer: Trainer[PackedBatch],
     result: RunResult,
@@ -259,7 +286,7 @@ def _train(
     for record in trainer.epochs():
         result.last = record
         run_folder.add_epoch(record)
-        keep(run_folder.checkpoints / "last", epoch=record.epoch)
+        keep(run_folder.checkpoints / "last", epoch=record.epoch, optimizer=trainer.optimizer)
         if record.is_best:
             result.best = record
             keep(run_folder.checkpoints / "best", epoch=record.epoch)
@@ -275,6 +302,9 @@ def _train(
         if start.settings.training.stop_on != "never":
             result.lost_to = checkup.reason_to_stop(start.settings.training.stop_on)
         if result.lost_to is not None:
+            return
+        if record.is_finite and not trainer.is_over and listener.prunes():
+            result.pruned, result.status = True, "KILLED"
             return
         if time.perf_counter() - last_plot > SECONDS_BETWEEN_PLOTS:
             draw_curves(run_folder.history, start.baselines, run_folder.plots, title=start.experiment)
@@ -311,7 +341,9 @@ def _ending(result: RunResult, run_folder: RunFolder, tracked: TrackedRun, start
         result.lost_to = result.checkup.reason_to_stop("error")
     finally:
         result.seconds = time.perf_counter() - started
-        if not result.refused:
+        if result.outcome != "FAILED":  # nothing is left to go on with
+            (run_folder.checkpoints / "last" / OPTIMIZER_FILE).unlink(missing_ok=True)
+        if not (result.refused or result.pruned):
             result.checkup.update(run_folder.history, finished=True, stopped_early=result.stopped_early)
         try:
             _log_diagnosis(result, run_folder, tracked)
@@ -329,6 +361,9 @@ def _ending(result: RunResult, run_folder: RunFolder, tracked: TrackedRun, start
             tracked.log_text(experiment_yaml(result.start.settings), "experiment.yaml")
             tracked.log_text(json.dumps(result.as_dict(), indent=1), "run.json")
         finally:
+            if result.start.trial is not None:
+                result.status = STATUS_OF_OUTCOME[result.outcome]
+                tracked.tag({"trial_state": result.outcome})
             tracked.finish(result.status)
             result.tracking_complete = tracked.is_complete
             run_folder.write_run(**result.as_dict())

@@ -6,7 +6,8 @@ and the lines that losses are read against, on exactly the masks that validation
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from behrt.metrics import chance_loss, copying_loss, unigram, unigram_loss_and_a
 from behrt.prepare import Progress, prepare
 from behrt.prepare_options import PrepareOptions
 from behrt.sequences import PreparedData, PreparedSplit, open_prepared
+from behrt.vocabulary import FIRST_CODE
 
 SHORTEST_ROW = 128
 """Rows of short sequences are made this long, so that several patients share one."""
@@ -88,8 +90,12 @@ class Records:
     def baselines(self, model_vocab_size: int) -> Baselines:
         """Chance, counting, and (simulated cohorts) floor, on the very masks that validation uses.
 
-        Takes seconds: what stands together is counted over the training patients of the run.
+        Takes seconds when it is first asked for: what stands together is counted over the training patients of the run.
         """
+        return replace(self._baselines, chance_loss=chance_loss(model_vocab_size))
+
+    @cached_property
+    def _baselines(self) -> Baselines:
         vocab_size = len(self.data.vocabulary)
         train, _ = cut(gather(self.training, self.training_patients), self.max_position)
         frequencies = unigram(train.codes, vocab_size)
@@ -98,7 +104,7 @@ class Records:
         found = measure_cooccurrence(train, self.validation, vocab_size)
         floor = self._floor()
         return Baselines(
-            chance_loss=chance_loss(model_vocab_size),
+            chance_loss=chance_loss(vocab_size),
             unigram_loss=unigram_loss,
             unigram_accuracy=unigram_accuracy,
             floor_loss=floor.loss if floor else None,
@@ -147,12 +153,9 @@ def select_records(data: PreparedData, settings: ExperimentSettings) -> Records:
     limit = settings.data.max_patients
     if limit is not None and limit < len(patients):
         patients = np.sort(stream(FIXED_SEED, Stream.TRAINING_SAMPLE).permutation(patients)[:limit])
-    size_default = settings.model.config(vocab_size=len(data.vocabulary)).max_position
-    max_position = (
-        auto_max_position(training.lengths[patients], size_default)
-        if settings.model.max_position == "auto"
-        else settings.model.max_position
-    )
+    max_position = settings.model.max_position
+    if max_position == "auto":
+        max_position = auto_max_position(training.lengths[patients], default_max_position(settings))
     sample = patients
     if len(tuning) < len(patients):
         sample = np.sort(stream(FIXED_SEED, Stream.TRAINING_SAMPLE).permutation(patients)[: len(tuning)])
@@ -169,6 +172,29 @@ def select_records(data: PreparedData, settings: ExperimentSettings) -> Records:
     if not all(evaluation.scored.any() for evaluation in sets):
         raise UserError(f"{data.folder}: too few tokens to score any; prepare more patients, or raise --max-patients")
     return Records(data, training, patients, max_position, *sets)
+
+
+def default_max_position(settings: ExperimentSettings) -> int:
+    """The positions of the model's size, before the records are looked at."""
+    return settings.model.config(vocab_size=FIRST_CODE + 1).max_position
+
+
+class RecordsCache:
+    """The records of several runs of one process; runs that see the same ones share them, and what was counted."""
+
+    def __init__(self) -> None:
+        self._selected: dict[tuple[DataSettings, int | str, int], Records] = {}
+
+    def select(self, settings: ExperimentSettings, *, progress: Progress | None = None) -> Records:
+        """The records of a run, opened and counted when they are first asked for.
+
+        Raises:
+            UserError: see `open_records` and `select_records`.
+        """
+        key = (settings.data, settings.model.max_position, default_max_position(settings))
+        if key not in self._selected:
+            self._selected[key] = select_records(open_records(settings.data, progress=progress), settings)
+        return self._selected[key]
 
 
 def draw_validation(data: PreparedData, max_position: int) -> MaskedSequences:

@@ -6,9 +6,10 @@ The same for every recipe. A `Listener` hears it as it happens; a `RunResult` is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from behrt.checkpoints import Transplant
 from behrt.config import ExperimentSettings
@@ -37,11 +38,32 @@ class Listener:
     def step(self, step: int, steps: int) -> None:
         """An optimizer step of the current epoch is done."""
 
+    def went_on(self, epochs: Sequence[EpochRecord]) -> None:
+        """The run begins with the epochs of an earlier attempt."""
+
     def epoch(self, record: EpochRecord) -> None:
         """An epoch is done."""
 
+    def prunes(self) -> bool:
+        """Whether the run is not worth another epoch; asked where there is another one."""
+        return False
+
     def found(self, finding: Finding) -> None:
         """The epoch showed something new."""
+
+
+TrialOutcome = Literal["COMPLETE", "PRUNED", "FAILED"]
+
+STATUS_OF_OUTCOME: dict[TrialOutcome, RunStatus] = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAILED": "FAILED"}
+"""What MLflow, which knows no pruned run, calls the outcome of a trial."""
+
+
+@dataclass(frozen=True)
+class StudyTrial:
+    """Which trial of which study a run is: the MLflow run of the study, and the number of the trial in it."""
+
+    study_run_id: str
+    number: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +85,7 @@ class RunStart:
     counts: ParameterCounts
     transplant: Transplant | None
     truncated_share: float
+    trial: StudyTrial | None = None
 
 
 @dataclass(kw_only=True)
@@ -73,6 +96,7 @@ class RunResult:
         checkup: what is known of the run, and its diagnosis.
         refused: whether the pre-flight kept it from training.
         lost_to: the finding that ended it, where one did.
+        pruned: whether its listener ended it.
     """
 
     start: RunStart
@@ -81,6 +105,7 @@ class RunResult:
     status: RunStatus = "FAILED"
     refused: bool = False
     lost_to: Finding | None = None
+    pruned: bool = False
     best: EpochRecord | None = None
     last: EpochRecord | None = None
     stopped_early: bool = False
@@ -91,6 +116,15 @@ class RunResult:
     @property
     def diagnosis(self) -> Diagnosis:
         return self.checkup.diagnosis
+
+    @property
+    def outcome(self) -> TrialOutcome:
+        """What the run is as a trial: one that could not learn, or stopped learning, was not worth its epochs."""
+        if self.status == "FINISHED":
+            return "COMPLETE"
+        if self.lost_to is not None and self.lost_to.rule == "out_of_memory":
+            return "FAILED"
+        return "PRUNED" if self.pruned or self.refused or self.lost_to is not None else "FAILED"
 
     @property
     def closed_gap(self) -> float | None:
@@ -115,6 +149,8 @@ class RunResult:
                 "severity": self.diagnosis.severity,
                 "refused": self.refused,
                 "lost_to": self.lost_to.rule if self.lost_to else None,
+                "pruned": self.pruned,
+                "trial": asdict(start.trial) if start.trial else None,
                 "best_epoch": best.epoch if best else None,
                 "best_val_loss": best.val_loss if best else None,
                 "best_val_accuracy": best.val_accuracy if best else None,

@@ -30,9 +30,10 @@ def is_run_id(target: str) -> bool:
 
 
 def find_local_run(run_id: str) -> Path | None:
-    """The experiment folder below `experiments/` that holds the run, now or as an earlier one."""
+    """The experiment folder below `experiments/`, or the trial below `sweeps/`, that holds the run."""
     experiments = Path("experiments")
-    for run_file in [*experiments.glob("*/run.json"), *experiments.glob("*/earlier/*/run.json")]:
+    trials = Path("sweeps").glob("*/trials/*/run.json")
+    for run_file in [*experiments.glob("*/run.json"), *experiments.glob("*/earlier/*/run.json"), *trials]:
         if run_id_of(run_file.parent) == run_id:
             return run_file.parent
     return None

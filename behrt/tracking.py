@@ -19,8 +19,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Self
 
 from behrt.config import UserError
 from behrt.files import locked, replacing_folder
@@ -41,6 +42,12 @@ for _name, _value in (
     ("MLFLOW_HTTP_REQUEST_TIMEOUT", "10"),
 ):
     os.environ.setdefault(_name, _value)
+
+PARENT_TAG = "mlflow.parentRunId"
+"""By which the MLflow UI lays a run under another one."""
+
+TRIAL_STATE = "trial_state"
+TRIAL_NUMBER = "trial_number"
 
 MAX_PARAM_LENGTH = 6000
 """Longest parameter value that every MLflow backend stores."""
@@ -121,19 +128,56 @@ class TrackedRun:
         experiment: name of the folder under `experiments/`, and of the MLflow experiment.
         params: every setting, flattened with dots.
         tags: what the run is filtered by.
+        source: the command that made the run.
+        name: of the run; MLflow makes one up if None.
+        study_run_id, trial_number: of a run that is a trial, the run of its study and its number there.
 
     Raises:
         UserError: the store cannot be opened, or the experiment was deleted there.
     """
 
-    def __init__(self, *, experiment: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        *,
+        experiment: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        source: str = "behrt train",
+        name: str | None = None,
+        study_run_id: str | None = None,
+        trial_number: int | None = None,
+    ) -> None:
+        if study_run_id is not None:
+            name = f"trial {trial_number}"
+            params = {TRIAL_NUMBER: trial_number, **params}
+            tags = {**tags, PARENT_TAG: study_run_id, TRIAL_STATE: "RUNNING"}
         self.is_complete = True
         self._client = connect()
         self.experiment_id = experiment_id(self._client, experiment)
-        run = self._client.create_run(self.experiment_id, tags=dict(tags))
+        run = self._client.create_run(
+            self.experiment_id,
+            tags={**tags, "mlflow.source.name": source, **_commit_tag()},
+            run_name=name,
+        )
         self.run_id: str = run.info.run_id
         self.log_params(params)
-        self.tag({"mlflow.source.name": "behrt train", **_commit_tag()})
+
+    @classmethod
+    def existing(cls, run_id: str) -> Self:
+        """A run that is in the store already, to tell more of it.
+
+        Raises:
+            UserError: the store cannot be opened, or has no such run.
+        """
+        tracked = cls.__new__(cls)
+        tracked.is_complete = True
+        tracked._client = connect()
+        try:
+            tracked.experiment_id = str(tracked._client.get_run(run_id).info.experiment_id)
+        except Exception:  # whatever the store says, there is nothing to tell more of
+            raise UserError(f"{run_id}: {shown_uri()} has no such run") from None
+        tracked.run_id = run_id
+        return tracked
 
     @contextmanager
     def _tolerated(self) -> Iterator[None]:
@@ -198,7 +242,59 @@ class TrackedRun:
         with self._tolerated():
             self._client.set_terminated(self.run_id, status)
 
+    def reopen(self) -> None:
+        """The run goes on."""
+        with self._tolerated():
+            self._client.update_run(self.run_id, status="RUNNING")
 
+    def steps_of(self, name: str) -> set[int]:
+        """The steps at which a metric has been told."""
+        steps: set[int] = set()
+        with self._tolerated():
+            steps = {metric.step for metric in self._client.get_metric_history(self.run_id, name)}
+        return steps
+
+    def trials(self) -> list[TrackedTrial]:
+        """The runs that are trials of this one, a study; those that were deleted in the UI are left out."""
+        found: list[TrackedTrial] = []
+        with self._tolerated():
+            token = None
+            while True:
+                page = self._client.search_runs(
+                    [self.experiment_id], f"tags.`{PARENT_TAG}` = '{self.run_id}'", page_token=token
+                )
+                found += [
+                    TrackedTrial(
+                        run_id=run.info.run_id,
+                        number=int(run.data.params[TRIAL_NUMBER]),
+                        status=run.info.status,
+                        state=run.data.tags.get(TRIAL_STATE),
+                    )
+                    for run in page
+                    if TRIAL_NUMBER in run.data.params
+                ]
+                token = page.token
+                if not token:
+                    break
+        return found
+
+    def settle(self, trial: TrackedTrial, *, status: RunStatus, state: str) -> None:
+        """Makes a trial of this study, whose own process cannot say it any more, what it became."""
+        with self._tolerated():
+            self._client.set_tag(trial.run_id, TRIAL_STATE, state)
+            self._client.set_terminated(trial.run_id, status)
+
+
+class TrackedTrial(NamedTuple):
+    """A trial as the store has it: `status` is MLflow's, `state` the tag `trial_state`."""
+
+    run_id: str
+    number: int
+    status: str
+    state: str | None
+
+
+@cache
 def _commit_tag() -> dict[str, str]:
     """The git commit of the code, where it runs from its own checkout."""
     root = Path(__file__).resolve().parents[1]

@@ -165,19 +165,40 @@ class Trainer(Generic[B]):
         self._precision = precision
         self._on_step = on_step
         self._best: dict[str, torch.Tensor] = {}
+        self._epochs_done = 0
+
+    def keep_as_best(self) -> None:
+        """Remembers the weights as they are now: those that `restore_best` puts back."""
+        self._best = {
+            name: parameter.detach().to("cpu", copy=True)
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def go_on_after(self, epochs: Sequence[EpochRecord]) -> None:
+        """Counts `epochs` as trained: `epochs()` goes on behind them, with the patience that they left.
+
+        Model, optimizer and best weights (`keep_as_best`) are the caller's to put back. Everything else that an epoch
+        depends on is a function of its number.
+        """
+        self._epochs_done = len(epochs)
+        for record in epochs:
+            self.stopping.update(record.val_loss)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last epoch is trained, or patience is spent."""
+        return self._epochs_done >= self._settings.epochs or self.stopping.should_stop
 
     def epochs(self) -> Iterator[EpochRecord]:
         """Trains epoch by epoch until the last, until patience is spent, or until a figure is no longer finite."""
-        for epoch in range(1, self._settings.epochs + 1):
-            record = self._train_epoch(epoch)
+        while not self.is_over:
+            record = self._train_epoch(self._epochs_done + 1)
             if record.is_best:
-                self._best = {
-                    name: parameter.detach().to("cpu", copy=True)
-                    for name, parameter in self.model.named_parameters()
-                    if parameter.requires_grad
-                }
+                self.keep_as_best()
+            self._epochs_done += 1
             yield record
-            if self.stopping.should_stop or not record.is_finite:
+            if not record.is_finite:
                 return
 
     def restore_best(self) -> None:

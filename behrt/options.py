@@ -1,0 +1,102 @@
+"""Which options do several commands share?
+
+An option of a setting is named like the setting and is None where it was not given, so that files and defaults show
+through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from behrt.config import PRESETS, SECTION_OF, SECTIONS, SIZES, UserError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def setting(name: str, help: str, *, type: Any = str, negatable: bool = False) -> Callable[[Command], Command]:
+    """The option of one setting: None where it was not given, so that files and defaults show through."""
+    default = SECTIONS[SECTION_OF[name]].model_fields[name].default
+    if isinstance(default, tuple):
+        default = ",".join(default)
+    if default is not None and default is not False:
+        help = f"{help}  [default: {'yes' if default is True else default}]"
+    flag = "--" + name.replace("_", "-")
+    declaration = f"{flag}/{flag.replace('--', '--no-', 1)}" if negatable else flag
+    return click.option(declaration, name, default=None, type=None if negatable else type, help=help)
+
+
+def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator, in the order in which the help lists them."""
+
+    def decorate(command: Command) -> Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+model_options = options(
+    setting("model_size", "Size of the model.", type=click.Choice(list(SIZES))),
+    setting("vocab_size", "Tokens in the vocabulary, at least the data's own.", type=int),
+    setting("max_position", "Longest sequence in tokens, or `auto`: what 99% of the patients need.", type=str),
+    setting("dropout", "Dropout in embeddings, attention and layers.", type=float),
+)
+adaptation_options = options(
+    setting("use_lora", "Train LoRA adapters instead of the encoder's own weights.", negatable=True),
+    setting("lora_rank", "Rank of the adapters.", type=int),
+    setting("lora_alpha", "Adapters are scaled by alpha / rank.  [default: twice the rank]", type=float),
+    setting("lora_dropout", "Dropout on the adapters' inputs.", type=float),
+    setting("lora_targets", "Wrapped layers, comma-separated; also `feedforward`."),
+    setting("freeze_base", "With LoRA, freeze the encoder's own weights.", negatable=True),
+    setting("train_embeddings", "Train the embeddings.", negatable=True),
+    setting("train_head", "Train the head.", negatable=True),
+    setting("init_from", "Start from a pre-trained run: its folder or its MLflow run id."),
+)
+data_options = options(
+    setting("data", "Prepared records (`behrt prepare`); without it, a cohort is simulated."),
+    setting("max_patients", "Use only this many training patients.", type=int),
+    setting("num_patients", "Patients of the simulated cohort.", type=int),
+    setting("structure", "Structure of the simulated cohort.", type=click.Choice(["hmm", "none"])),
+    setting("simulation_seed", "Seed of the simulated cohort.", type=int),
+)
+training_options = options(
+    setting("epochs", "Most epochs to train.", type=int),
+    setting("batch_size", "Patients per optimizer step.", type=int),
+    setting("accumulation_steps", "Micro-batches that a step is computed in, to save memory.", type=int),
+    setting("lr", "Highest learning rate.", type=float),
+    setting("weight_decay", "Decoupled weight decay, on matrices only.", type=float),
+    setting("warmup_fraction", "Share of all steps in which the learning rate rises.", type=float),
+    setting("schedule", "How the learning rate falls.", type=click.Choice(["cosine", "linear", "constant"])),
+    setting("gradient_clip", "Largest norm of the gradient.", type=float),
+    setting("early_stopping_patience", "Epochs without a better val_loss before stopping; 0 is never.", type=int),
+    setting("early_stopping_min_delta", "How much lower counts as better.", type=float),
+    setting(
+        "stop_on",
+        "End a run in progress on findings of the doctor this severe.",
+        type=click.Choice(["error", "warning", "never"]),
+    ),
+    setting("seed", "Seed of weights, order, masks and dropout.", type=int),
+    setting("device", "Where to compute.", type=click.Choice(["auto", "cpu", "cuda", "mps"])),
+    setting(
+        "precision", "Of matrix products; `auto` follows the hardware.", type=click.Choice(["auto", "fp32", "bf16"])
+    ),
+)
+preset_option = click.option(
+    "--preset", default=None, help=f"Start from the guide's recommendation: {', '.join(PRESETS)}."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+
+
+def given(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that stand on the command line."""
+    kept = {name: value for name, value in flags.items() if value is not None}
+    if kept.get("max_position", "auto") != "auto":
+        try:
+            kept["max_position"] = int(kept["max_position"])
+        except ValueError:
+            raise UserError(f"--max-position: expected a number or auto, found {kept['max_position']!r}") from None
+    return kept
