@@ -1,0 +1,1 @@
+"""Which settings learn best? Sweeps: Optuna studies over runs, pruned, retried, and tracked in MLflow."""
