@@ -42,6 +42,7 @@ from behrt.options import (
     training_options,
 )
 from behrt.prepare_options import PrepareOptions
+from behrt.sweep_commands import sweep
 
 if TYPE_CHECKING:
     from behrt.config import ExperimentSettings
@@ -313,6 +314,7 @@ def compare(runs: tuple[str, ...], out: Path, as_json: bool) -> None:
     console.print(f"Curves: {out}", markup=False)
 
 
+cli.add_command(sweep)
 
 
 @cli.command()

@@ -26,11 +26,15 @@ LAYERS = (
     ),
     (),
     ("run_report", "resume", "pretrain"),
-    (),
-    ("console", "cli", "__main__"),
+    (
+        "sweep.space", "sweep.settings", "sweep.samplers", "sweep.trials", "sweep.storage", "sweep.liveness",
+        "sweep.definitions", "sweep.study", "sweep.summary", "sweep.figures", "sweep.tracked", "sweep.trial",
+        "sweep.worker", "sweep.coordinator",
+    ),
+    ("console", "sweep_console", "sweep_commands", "cli", "__main__"),
 )  # fmt: skip
 ORDER = [module for layer in LAYERS for module in layer]
-WITHOUT_LAYER = {"__init__", "sources.__init__", "doctor.__init__"}
+WITHOUT_LAYER = {"__init__", "sources.__init__", "doctor.__init__", "sweep.__init__"}
 
 
 def modules() -> dict[str, Path]:
