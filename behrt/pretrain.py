@@ -347,7 +347,7 @@ def _ending(result: RunResult, run_folder: RunFolder, tracked: TrackedRun, start
             result.checkup.update(run_folder.history, finished=True, stopped_early=result.stopped_early)
         try:
             _log_diagnosis(result, run_folder, tracked)
-            if run_folder.history:
+            if run_folder.history and result.start.trial is None:  # a trial's curves are the coordinator's to draw
                 draw_curves(run_folder.history, result.start.baselines, run_folder.plots, title=result.start.experiment)
             if result.best is not None:
                 tracked.log_figures({"best_val_loss": result.best.val_loss, "best_epoch": result.best.epoch})

@@ -1,6 +1,8 @@
 """Fixtures that several test files share: records and runs, made once through the real command line."""
 
 import os
+import uuid
+from collections.abc import Iterator
 from contextlib import chdir, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -10,6 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from behrt.cli import main
+from tests.postgres_server import PostgresServer, postgres_server, why_not
 
 
 @pytest.fixture(scope="session")
@@ -62,3 +65,22 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Works
         with redirect_stdout(StringIO()) as stdout:
             assert main(["train", *common, "full", "--json"]) == 0
     return Workspace(root, prepared, root / "experiments" / "lora", root / "experiments" / "full", stdout.getvalue())
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[PostgresServer]:
+    """A PostgreSQL server; a test that stops it starts it again."""
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    with postgres_server() as running:
+        yield running
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty storage of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/a.db"
+    running: PostgresServer = request.getfixturevalue("server")
+    return running.create_database(f"behrt_{uuid.uuid4().hex}")

@@ -96,6 +96,7 @@ def test_a_pruned_trial_ended_early_and_says_so(study: Finished) -> None:
 
 
 def test_a_trial_leaves_what_a_training_run_leaves(study: Finished) -> None:
+    client = client_of(study.root)
     for trial in study.trials:
         folder = study.root / trial.user_attrs["folder"]
         assert read_run(folder)["trial"]["number"] == trial.number
@@ -103,6 +104,9 @@ def test_a_trial_leaves_what_a_training_run_leaves(study: Finished) -> None:
         assert losses == trial.intermediate_values
         assert (folder / "checkpoints" / "best" / "checkpoint.json").exists()
         assert not list(folder.rglob("optimizer.safetensors"))
+        curves = {"plots/loss_curve.png", "plots/accuracy_curve.png"}
+        assert all((folder / curve).exists() for curve in curves)
+        assert {file.path for file in client.list_artifacts(trial.user_attrs["run_id"], "plots")} == curves
 
 
 def test_the_studys_run_has_space_sampler_pruner_and_the_best_value_as_it_improved(study: Finished) -> None:

@@ -8,8 +8,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
@@ -19,27 +17,9 @@ import sqlalchemy
 from behrt.config import UserError
 from behrt.sweep.liveness import WorkerToken, is_alive
 from behrt.sweep.storage import Storage, StorageLost, default_url, open_storage, shown_url
-from tests.postgres_server import PASSWORD, PostgresServer, postgres_server, why_not
+from tests.postgres_server import PASSWORD, PostgresServer
 
 SECRET = "hunter2"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[PostgresServer]:
-    reason = why_not()
-    if reason is not None:
-        pytest.skip(reason)
-    with postgres_server() as running:
-        yield running
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty storage of each kind."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/a.db"
-    running: PostgresServer = request.getfixturevalue("server")
-    return running.create_database(f"behrt_{uuid.uuid4().hex}")
 
 
 def refusal(url: str, **options: bool) -> str:

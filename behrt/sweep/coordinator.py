@@ -6,6 +6,7 @@ keeps the study's run in MLflow up to date. It trains nothing itself; several co
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -17,16 +18,18 @@ from functools import partial
 from pathlib import Path
 
 from behrt.config import UserError
-from behrt.sweep.figures import draw_study
+from behrt.sweep.figures import draw_study, draw_trial
 from behrt.sweep.liveness import is_alive
 from behrt.sweep.settings import Sweep
 from behrt.sweep.storage import open_storage
 from behrt.sweep.study import SweepStudy
 from behrt.sweep.summary import StudySummary
 from behrt.sweep.tracked import begin_study_run, settle_trials, tell_improvements
-from behrt.sweep.trials import PARENT_RUN_ID
+from behrt.sweep.trials import PARENT_RUN_ID, TrialRecord, TrialState
 from behrt.sweep.worker import EXIT_DONE, EXIT_STOPPED, EXIT_UNUSABLE, Job, job_line
 from behrt.tracking import RunStatus, TrackedRun
+
+log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_TO_STOP = 30.0
@@ -157,6 +160,7 @@ def run_sweep(
             records = study.records()
             settle_trials(tracked, records)
             tell_improvements(tracked, sweep, records)
+        draw_ended(records, sweep.name)
         figures = study_folder(sweep.name) / "plots"
         if draw_study(records, sweep, figures):
             tracked.log_artifacts(figures, under="plots")
@@ -164,6 +168,19 @@ def run_sweep(
         summary = StudySummary.of(study)
         show(summary)
     return summary, given_up
+
+
+def draw_ended(records: list[TrialRecord], study: str) -> set[int]:
+    """Draws the curves of the trials that have ended, and gives them to MLflow; the numbers of these trials."""
+    ended = [record for record in records if record.state not in (TrialState.WAITING, TrialState.RUNNING)]
+    for record in ended:
+        try:
+            plots = draw_trial(record, study)
+            if plots is not None and record.run_id is not None:
+                TrackedRun.existing(record.run_id).log_artifacts(plots, under=plots.name)
+        except UserError as error:  # a folder or a run that somebody has taken away; the study goes on
+            log.warning("trial %d: its curves are not drawn: %s", record.number, error)
+    return {record.number for record in ended}
 
 
 def _attend(study: SweepStudy, tracked: TrackedRun, count: int, show: Callable[[StudySummary], None]) -> str | None:
@@ -177,6 +194,7 @@ def _attend(study: SweepStudy, tracked: TrackedRun, count: int, show: Callable[[
     deadline = None if hours is None else time.time() + 3600 * hours
     workers = Workers(url=study.storage.url, study=sweep.name, count=min(count, missing), deadline=deadline)
     crashes, epochs_at_crash, finished = 0, -1, -1
+    drawn: set[int] = set()
     try:
         while workers.running:
             time.sleep(SECONDS_BETWEEN_LOOKS)
@@ -196,6 +214,7 @@ def _attend(study: SweepStudy, tracked: TrackedRun, count: int, show: Callable[[
                 workers.start(index)
             summary = StudySummary.of(study)
             show(summary)
+            drawn |= draw_ended([record for record in summary.records if record.number not in drawn], sweep.name)
             if summary.tally.finished != finished:
                 finished = summary.tally.finished
                 with study.storage.locked():

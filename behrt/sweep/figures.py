@@ -11,13 +11,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from behrt.plots import saved_figure
+from behrt.history import Baselines, read_history, read_run
+from behrt.plots import draw_curves, saved_figure
 from behrt.sweep.settings import Sweep
 from behrt.sweep.space import CategoricalParameter
 from behrt.sweep.trials import TrialRecord, TrialState
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
 STATE_COLOURS = {"COMPLETE": "#0173b2", "PRUNED": "#de8f05", "FAILED": "#d55e00"}
 LABELS = {"val_loss": "best val_loss (nats per scored token)", "val_accuracy": "val_accuracy"}
@@ -53,9 +55,46 @@ def draw_study(records: Sequence[TrialRecord], sweep: Sweep, folder: Path) -> li
     return drawn
 
 
+def draw_trial(record: TrialRecord, study: str) -> Path | None:
+    """Writes the curves of a trial that has ended; their folder, or None where there is nothing new to draw.
+
+    Its worker leaves them undrawn: that would take longer than everything else around a short trial.
+
+    Raises:
+        UserError: the trial's folder is damaged.
+    """
+    folder = None if record.folder is None else Path(record.folder)
+    if folder is None or not (folder / "run.json").exists():  # on another machine, or it never began
+        return None
+    plots, history = folder / "plots", folder / "logs" / "metrics_history.json"
+    curve = plots / "loss_curve.png"
+    if not history.exists() or (curve.exists() and curve.stat().st_mtime >= history.stat().st_mtime):
+        return None
+    baselines = Baselines(**read_run(folder)["baselines"])
+    draw_curves(read_history(folder), baselines, plots, title=f"{study}, trial {record.number}")
+    return plots
+
+
 def _is_log(sweep: Sweep, name: str) -> bool:
     parameter = sweep.space[name]
     return not isinstance(parameter, CategoricalParameter) and parameter.log
+
+
+def _scale(axes: Axes, sweep: Sweep, *, x: str | None = None, y: str | None = None) -> None:
+    """Scales the axes as their parameters are drawn, with few and plain numbers on them."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    for name, axis, set_scale in ((x, axes.xaxis, axes.set_xscale), (y, axes.yaxis, axes.set_yscale)):
+        if name is None or not _is_log(sweep, name):
+            continue
+        set_scale("log")
+        parameter = sweep.space[name]
+        assert not isinstance(parameter, CategoricalParameter)
+        # of less than two decades the powers of ten alone would be one label, or none
+        is_narrow = parameter.high < 100 * parameter.low
+        axis.set_major_locator(LogLocator(base=2 if is_narrow else 10, numticks=6))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _searched(frame: pd.DataFrame, sweep: Sweep) -> list[str]:
@@ -71,7 +110,8 @@ def _history(frame: pd.DataFrame, sweep: Sweep, path: Path) -> bool:
     with saved_figure(path, width=8.4) as figure:
         axes = figure.add_subplot()
         sns.scatterplot(frame, x="trial", y=label, hue="state", palette=STATE_COLOURS, ax=axes)
-        axes.step(complete["trial"], best, where="post", color="0.3", linewidth=1.2, label="best so far")
+        until = [*complete["trial"], frame["trial"].max()]
+        axes.step(until, [*best, *best[-1:]], where="post", color="0.3", linewidth=1.2, label="best so far")
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
         axes.set_title(sweep.name)
     return True
@@ -91,7 +131,10 @@ def _curves(records: Sequence[TrialRecord], sweep: Sweep, path: Path) -> bool:
                 axes.plot([max(values)], [values[max(values)]], color=colour, marker="o", markersize=3)
         axes.set(xlabel="epoch", ylabel=f"{sweep.objective} of the epoch", title=sweep.name)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        handles = [Line2D([], [], color=colour, label=state) for state, colour in STATE_COLOURS.items()]
+        states = {record.state.value for record in records if record.values}
+        handles = [
+            Line2D([], [], color=colour, label=state) for state, colour in STATE_COLOURS.items() if state in states
+        ]
         axes.legend(handles=handles, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return True
 
@@ -143,8 +186,7 @@ def _slice(frame: pd.DataFrame, sweep: Sweep, path: Path) -> bool:
             sns.scatterplot(
                 shown, x=name, y=label, hue="state", palette=STATE_COLOURS, ax=axes, legend=axes is panels[-1]
             )
-            if _is_log(sweep, name):
-                axes.set_xscale("log")
+            _scale(axes, sweep, x=name)
             if isinstance(sweep.space[name], CategoricalParameter):
                 axes.tick_params(axis="x", labelrotation=30)
         if panels[-1].get_legend() is not None:
@@ -217,12 +259,12 @@ def _pair(frame: pd.DataFrame, sweep: Sweep, path: Path) -> bool:
                         frame, x=x, y=y, hue=label, style="state", palette="viridis", s=22, ax=axes,
                         legend=row == 0 and column == len(names) - 1,
                     )  # fmt: skip
-                    if _is_log(sweep, x):
-                        axes.set_xscale("log")
-                    if _is_log(sweep, y):
-                        axes.set_yscale("log")
+                    _scale(axes, sweep, y=y)
                     axes.set_ylabel(y if column == 0 else "")
+                _scale(axes, sweep, x=x)
                 axes.set_xlabel(x if row == len(names) - 1 else "")
+                is_inside = column > 0 and row != column
+                axes.tick_params(labelsize="x-small", labelleft=not is_inside, labelbottom=row == len(names) - 1)
         legend = grid[0][-1].get_legend()
         if legend is not None:
             grid[0][-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")

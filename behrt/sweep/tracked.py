@@ -7,6 +7,7 @@ from the study's storage; telling it again changes nothing.
 from __future__ import annotations
 
 from behrt.run_report import STATUS_OF_OUTCOME, TrialOutcome
+from behrt.sweep.samplers import resolve_pruner
 from behrt.sweep.settings import Sweep
 from behrt.sweep.trials import TrialRecord, TrialState, tally
 from behrt.tracking import TrackedRun
@@ -27,7 +28,7 @@ def begin_study_run(sweep: Sweep) -> str:
         **{f"base.{name}": value for name, value in sweep.base.flat().items()},
         **{f"space.{name}": parameter.model_dump(mode="json") for name, parameter in sweep.space.items()},
         "sampler": sweep.sampler.name,
-        "pruner": sweep.pruner.name,
+        "pruner": resolve_pruner(sweep.pruner, trials=sweep.budget.trials, epochs=sweep.base.training.epochs),
         "seed": sweep.seed,
         "objective": sweep.objective,
         "budget": sweep.budget.model_dump(mode="json", exclude_none=True),
