@@ -26,49 +26,72 @@ SMALLER = {
     "train --data data/mine --use-lora": ["--epochs", "1"],
     "train experiments/the_fix": ["--epochs", "1", "--num-patients", "60", "--model-size", "small"],
     "train --preset a40": ["--epochs", "1", "--num-patients", "60", "--model-size", "small"],
+    "sweep run sweeps/quick.yaml": ["--trials", "3", "--epochs", "1", "--num-patients", "60"],
 }
 
 
-def readme_blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+def blocks(document: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-def readme_commands() -> list[list[str]]:
+def commands(blocks: list[str]) -> list[list[str]]:
     """Words of each `behrt …` line, comments left out."""
-    lines = [line for block in readme_blocks("bash") for line in block.splitlines() if line.startswith("behrt ")]
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("behrt ")]
     return [shlex.split(line, comments=True)[1:] for line in lines]
 
 
+def run_smaller(words: list[str]) -> None:
+    extra = [flags for start, flags in SMALLER.items() if " ".join(words).startswith(start)]
+    assert main([*words, *(extra[0] if extra else [])]) == 0, words
+
+
+def copy_what_is_named(root: Path) -> None:
+    for name in ("the_fix", "quickstart"):
+        shutil.copytree(ROOT / "experiments" / name, root / "experiments" / name)
+    (root / "sweeps").mkdir()
+    shutil.copy(ROOT / "sweeps" / "quick.yaml", root / "sweeps")
+
+
 def test_the_readmes_commands_run_in_their_order(tmp_path: Path, prepared: Path) -> None:
-    shutil.copytree(ROOT / "experiments" / "the_fix", tmp_path / "experiments" / "the_fix")
+    copy_what_is_named(tmp_path)
     ran = 0
     (tmp_path / "train.log").write_text("Epoch 1 | Train Loss: 7.00 | Val Loss: 6.95\n")
     (tmp_path / "metrics_history.json").write_text('{"val_loss": [{"epoch": 1, "value": 6.95}]}')
     with chdir(tmp_path):
-        for command in readme_commands():
+        for command in commands(blocks("README.md", "bash")):
             if command == ["ui"]:
                 continue  # test_browser.py opens it
-            words = [str(prepared.parent / "meds") if word == "SOURCE" else word for word in command]
-            extra = [flags for start, flags in SMALLER.items() if " ".join(words).startswith(start)]
-            assert main([*words, *(extra[0] if extra else [])]) == 0, command
+            run_smaller([str(prepared.parent / "meds") if word == "SOURCE" else word for word in command])
             ran += 1
     assert ran >= 6
 
 
+def test_the_commands_of_a_first_study_run_in_their_order(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    copy_what_is_named(tmp_path)
+    first_study, _ = blocks("docs/sweeps.md", "bash")
+    with chdir(tmp_path):
+        for words in commands([first_study]):
+            run_smaller(words)
+        for block in blocks("docs/sweeps.md", "python"):
+            exec(compile(block, "docs/sweeps.md", "exec"), {})
+    assert "user_attrs_ended" in capsys.readouterr().out
+
+
 def test_the_readmes_python_runs(capsys: pytest.CaptureFixture) -> None:
-    for block in readme_blocks("python"):
+    for block in blocks("README.md", "python"):
         exec(compile(block, "README.md", "exec"), {})
     assert "% trainable" in capsys.readouterr().out
 
 
 def test_the_readme_names_both_make_targets() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make (\w+)", "\n".join(readme_blocks("bash")), flags=re.MULTILINE):
+    for target in re.findall(r"^make (\w+)", "\n".join(blocks("README.md", "bash")), flags=re.MULTILINE):
         assert f"\n{target}:" in makefile
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "docs/architecture.md", "docs/learning.md", "docs/doctor.md", "docs/rules.md"]
+    "document",
+    ["README.md", *(f"docs/{name}.md" for name in ("architecture", "learning", "doctor", "rules", "sweeps"))],
 )
 def test_links_and_pictures_are_there(document: str) -> None:
     path = ROOT / document

@@ -4,12 +4,16 @@ from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import optuna
 import pytest
 
 from behrt.cli import main
+from behrt.sweep.storage import Storage, open_storage
 from behrt.sweep.trials import tally, trial_record
 
+from .postgres_server import PASSWORD, PostgresServer
 from .small_sweeps import (
     assert_optuna_and_mlflow_agree,
     behrt,
@@ -146,7 +150,6 @@ def test_a_trial_that_runs_out_of_memory_fails_alone(
     from behrt.records import RecordsCache
     from behrt.sweep.liveness import WorkerToken
     from behrt.sweep.settings import load_sweep
-    from behrt.sweep.storage import open_storage
     from behrt.sweep.study import SweepStudy
     from behrt.sweep.tracked import begin_study_run
     from behrt.sweep.trial import run_trial
@@ -174,3 +177,29 @@ def test_a_trial_that_runs_out_of_memory_fails_alone(
     assert (second.state, second.ended) == ("COMPLETE", "all epochs")
     assert study.tally().finished == 2
     assert_optuna_and_mlflow_agree(tmp_path, "s")
+
+
+def test_a_study_on_a_server_goes_on_when_the_server_restarts(
+    tmp_path: Path, prepared: Path, server: PostgresServer
+) -> None:
+    """Two workers, and the server gone at once in the middle of their trials."""
+    url = server.create_database("study")
+    write_sweep(tmp_path / "s.yaml", prepared, settings={"epochs": 6}, budget={"trials": 3})
+    run = start(tmp_path, "sweep", "run", "s.yaml", "--workers", "2", "--storage", url, "--json")
+    opened = open_storage(url)
+    until(lambda: any(trial.intermediate_values for trial in optuna_trials(opened)))
+    server.restart()
+    said = ended(run)
+    assert [trial.state.name for trial in optuna_trials(opened)] == ["COMPLETE"] * 3
+    assert all(len(trial.intermediate_values) == 6 for trial in optuna_trials(opened))
+    assert PASSWORD not in said
+    assert quote(PASSWORD, safe="") not in said
+    _, runs = runs_of(tmp_path, "s")
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+
+
+def optuna_trials(storage: Storage) -> list[Any]:
+    """Those of the study `s`; none before it is there."""
+    if "s" not in storage.patiently(lambda: optuna.get_all_study_names(storage.rdb)):
+        return []
+    return list(storage.patiently(lambda: optuna.load_study(study_name="s", storage=storage.rdb).get_trials()))

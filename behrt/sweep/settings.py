@@ -27,7 +27,7 @@ from behrt.config import (
     nearest,
     read_experiment_file,
 )
-from behrt.sweep.space import PARAMETER_TYPES, CategoricalParameter, Parameter, Space, grid
+from behrt.sweep.space import PARAMETER_TYPES, CategoricalParameter, Parameter, Space, grid, plain
 
 Objective = Literal["val_loss", "val_accuracy"]
 
@@ -123,7 +123,8 @@ class Sweep:
 
     def trial_settings(self, params: Mapping[str, Any]) -> ExperimentSettings:
         """The settings of the trial that has these parameters."""
-        return build_settings(lay_over(self.base.model_dump(mode="json"), params))
+        values = {name: plain(value, self.space[name]) for name, value in params.items()}
+        return build_settings(lay_over(self.base.model_dump(mode="json"), values))
 
     def definition(self) -> dict[str, Any]:
         """As JSON, everything that must not change while the study goes on: all but budget and notes."""

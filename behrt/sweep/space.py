@@ -93,6 +93,17 @@ def distribution(parameter: FloatParameter | IntParameter | CategoricalParameter
     return CategoricalDistribution(parameter.choices)
 
 
+def plain(value: Any, parameter: FloatParameter | IntParameter | CategoricalParameter) -> Any:
+    """A value of the parameter as a person would write it: Optuna adds up steps, rounding errors and all.
+
+    >>> plain(0.15000000000000002, FloatParameter(type="float", low=0.0, high=0.5, step=0.05))
+    0.15
+    """
+    if isinstance(parameter, FloatParameter) and parameter.step is not None:
+        return float(f"{value:.12g}")
+    return value
+
+
 def is_conditional(name: str, space: Space) -> bool:
     """Whether the setting is drawn only for trials with LoRA."""
     return name in LORA_ONLY and "use_lora" in space
