@@ -7,16 +7,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
+from mlflow.entities import Run
 from selenium import webdriver
 from selenium.webdriver.support.ui import WebDriverWait
 
 from behrt.history import read_run
 
 from .conftest import Workspace
+from .small_sweeps import behrt, runs_of, write_sweep
 
 pytestmark = [
     pytest.mark.browser,
@@ -28,17 +32,17 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def address(workspace: Workspace) -> Iterator[str]:
-    """The server that `behrt ui` starts over the store of the two runs."""
+@contextmanager
+def served(root: Path) -> Iterator[str]:
+    """The server that `behrt ui` starts over the store in `root`; what it prints is `ui.log` there."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log = workspace.root / "ui.log"
+    log = root / "ui.log"
     with log.open("w") as output:
         server = subprocess.Popen(
             [sys.executable, "-m", "behrt", "ui", "--port", str(port)],
-            cwd=workspace.root,
+            cwd=root,
             stdout=output,
             stderr=subprocess.STDOUT,
         )
@@ -57,6 +61,13 @@ def address(workspace: Workspace) -> Iterator[str]:
         finally:
             server.terminate()
             server.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def address(workspace: Workspace) -> Iterator[str]:
+    """Where the store of the two runs is served."""
+    with served(workspace.root) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -82,16 +93,21 @@ def visible_text(browser: webdriver.Chrome) -> str:
     return str(browser.execute_script("return document.body.innerText"))
 
 
+def compare(browser: webdriver.Chrome, address: str, runs: list[Run]) -> str:
+    """What the page shows on which runs are compared."""
+    ids = ",".join(f'"{run.info.run_id}"' for run in runs)
+    experiments = ",".join(f'"{run.info.experiment_id}"' for run in runs)
+    browser.get(f"{address}/#/compare-runs?runs=[{ids}]&experiments=[{experiments}]&workflowType=machine_learning")
+    WebDriverWait(browser, 90).until(lambda driver: "val_loss" in visible_text(driver))
+    return visible_text(browser)
+
+
 def test_the_compare_page_shows_the_val_loss_of_both_runs(
     workspace: Workspace, address: str, browser: webdriver.Chrome
 ) -> None:
     client = workspace.client()
     runs = [client.get_run(read_run(folder)["run_id"]) for folder in (workspace.lora, workspace.full)]
-    ids = ",".join(f'"{run.info.run_id}"' for run in runs)
-    experiments = ",".join(f'"{run.info.experiment_id}"' for run in runs)
-    browser.get(f"{address}/#/compare-runs?runs=[{ids}]&experiments=[{experiments}]&workflowType=machine_learning")
-    WebDriverWait(browser, 90).until(lambda driver: "val_loss" in visible_text(driver))
-    text = visible_text(browser)
+    text = compare(browser, address, runs)
     for run in runs:
         assert run.info.run_name in text
         assert f"{run.data.metrics['val_loss']:.3f}"[:-1] in text
@@ -106,3 +122,21 @@ def test_the_address_that_behrt_ui_prints_lists_the_latest_runs(
     run = workspace.client().get_run(read_run(workspace.full)["run_id"])  # the later of the two
     browser.get(printed.group(1))
     WebDriverWait(browser, 90).until(lambda driver: run.info.run_name in visible_text(driver))
+
+
+def test_the_trials_of_a_study_are_compared_by_their_four_parameters_and_val_loss(
+    tmp_path: Path, prepared: Path, browser: webdriver.Chrome
+) -> None:
+    write_sweep(tmp_path / "s.yaml", prepared, settings={"epochs": 1}, budget={"trials": 2})
+    behrt(tmp_path, "sweep", "run", "s.yaml")
+    parent, trials = runs_of(tmp_path, "s")
+    with served(tmp_path) as url:
+        text = compare(browser, url, list(trials.values()))
+        for name in ("model.dropout", "training.weight_decay", "adaptation.lora_rank", "training.lr"):
+            assert name in text
+            assert all(run.data.params[name] in text for run in trials.values())
+        for run in trials.values():
+            assert run.info.run_name in text
+            assert f"{run.data.metrics['best_val_loss']:.3f}"[:-1] in text
+        browser.get(f"{url}/#/experiments/{parent.info.experiment_id}/runs?workflowType=machine_learning")
+        WebDriverWait(browser, 90).until(lambda driver: "study s" in visible_text(driver))

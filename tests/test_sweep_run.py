@@ -114,6 +114,9 @@ def test_the_studys_run_has_space_sampler_pruner_and_the_best_value_as_it_improv
     assert study.parent.info.status == "FINISHED"
     assert (params["sampler"], params["pruner"]) == ("random", "median")
     assert "0.0001" in params["space.lr"]
+    best = study.printed["best"]
+    assert study.parent.data.tags["best_trial"] == str(best["number"])
+    assert study.parent.data.tags["best_run_id"] == best["run_id"]
     metrics = client_of(study.root).get_metric_history(study.parent.info.run_id, "best_val_loss")
     expected, best = {}, math.inf
     for step, trial in enumerate(study.trials, start=1):

@@ -164,8 +164,10 @@ def run_sweep(
         figures = study_folder(sweep.name) / "plots"
         if draw_study(records, sweep, figures):
             tracked.log_artifacts(figures, under="plots")
-        tracked.finish(status)
         summary = StudySummary.of(study)
+        if summary.best is not None:
+            tracked.tag({"best_trial": str(summary.best.number), "best_run_id": str(summary.best.run_id)})
+        tracked.finish(status)
         show(summary)
     return summary, given_up
 

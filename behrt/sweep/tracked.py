@@ -36,7 +36,7 @@ def begin_study_run(sweep: Sweep) -> str:
     tracked = TrackedRun(
         experiment=sweep.name,
         params=params,
-        tags={"study": sweep.name},
+        tags={"study": sweep.name, "mlflow.note.content": sweep.note.strip()},
         source="behrt sweep run",
         name=f"study {sweep.name}",
     )
