@@ -352,7 +352,9 @@ def lay_over(base: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
-def read_experiment_file(path: Path) -> dict[str, Any]:
+def read_experiment_file(
+    path: Path, *, expected: str = "sections model, adaptation, data and training"
+) -> dict[str, Any]:
     """The nested mapping of an `experiment.yaml`; `UserError` where it is missing, unreadable or no mapping."""
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -370,9 +372,7 @@ def read_experiment_file(path: Path) -> dict[str, Any]:
     if loaded is None:
         return {}
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
-        raise UserError(
-            f"{path}: expected sections model, adaptation, data and training, found {type(loaded).__name__}"
-        )
+        raise UserError(f"{path}: expected {expected}, found {type(loaded).__name__}")
     return {section: {} if fields is None else fields for section, fields in loaded.items()}
 
 

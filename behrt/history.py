@@ -157,11 +157,13 @@ class RunFolder:
 
     def take_over(self, former: Path, epochs: Sequence[EpochRecord]) -> None:
         """Begins with the checkpoints of another folder, and with the history that led to them."""
-        with replacing_folder(self.checkpoints) as beside:
-            shutil.copytree(former / self.checkpoints.name, beside, dirs_exist_ok=True)
         for record in epochs:
             self._append(record)
         write_json(self.history_file, self._history)
+        # last: checkpoints without a history would look like something to go on from
+        with replacing_folder(self.checkpoints) as beside:
+            half_written = shutil.ignore_patterns(".*")
+            shutil.copytree(former / self.checkpoints.name, beside, dirs_exist_ok=True, ignore=half_written)
 
     @property
     def history(self) -> Mapping[str, list[dict[str, Any]]]:

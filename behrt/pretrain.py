@@ -29,7 +29,7 @@ from behrt.doctor.diagnosis import markdown
 from behrt.doctor.facts import RunFacts
 from behrt.doctor.memory import is_out_of_memory
 from behrt.doctor.preflight import probe
-from behrt.history import RunFolder
+from behrt.history import EpochRecord, RunFolder
 from behrt.masking import Stream, torch_seed
 from behrt.model import BEHRTForMaskedLM
 from behrt.parameters import ParameterCounts, apply_lora_to_behrt, count_parameters, set_trainable
@@ -205,7 +205,7 @@ def pretrain(
         }
         keep = partial(save_checkpoint, model=model, vocabulary=records.data.vocabulary, base=base)
         result = RunResult(start=start, model=model, checkup=Checkup(RunFacts(finished=False)))
-        with _ending(result, run_folder, tracked, started):
+        with _ending(result, run_folder, tracked, started, listener):
             _log_start(start, tracked, records)
             listener.started(start)
             model.to(device)
@@ -283,6 +283,8 @@ def _train(
     start, checkup = result.start, result.checkup
     last_plot = time.perf_counter()
     run_folder.write_run(**{**result.as_dict(), "status": "RUNNING"})
+    if result.last is not None and _ends(result.last, trainer, result, listener):  # of an attempt that it goes on with
+        return
     for record in trainer.epochs():
         result.last = record
         run_folder.add_epoch(record)
@@ -299,12 +301,7 @@ def _train(
             listener.found(finding)
         if new or checkup.diagnosis.verdict != before.verdict:
             _log_diagnosis(result, run_folder, tracked)
-        if start.settings.training.stop_on != "never":
-            result.lost_to = checkup.reason_to_stop(start.settings.training.stop_on)
-        if result.lost_to is not None:
-            return
-        if record.is_finite and not trainer.is_over and listener.prunes():
-            result.pruned, result.status = True, "KILLED"
+        if _ends(record, trainer, result, listener):
             return
         if time.perf_counter() - last_plot > SECONDS_BETWEEN_PLOTS:
             draw_curves(run_folder.history, start.baselines, run_folder.plots, title=start.experiment)
@@ -319,6 +316,16 @@ def _train(
     result.status = "FINISHED" if is_finite and result.lost_to is None else "FAILED"
 
 
+def _ends(record: EpochRecord, trainer: Trainer[PackedBatch], result: RunResult, listener: Listener) -> bool:
+    """Whether the doctor or the listener ends the run after this epoch."""
+    stop_on = result.start.settings.training.stop_on
+    if stop_on != "never":
+        result.lost_to = result.checkup.reason_to_stop(stop_on)
+    if result.lost_to is None and record.is_finite and not trainer.is_over and listener.prunes():
+        result.pruned, result.status = True, "KILLED"
+    return result.lost_to is not None or result.pruned
+
+
 def _log_diagnosis(result: RunResult, run_folder: RunFolder, tracked: TrackedRun) -> None:
     """The diagnosis so far, on disk and as the tags by which runs are filtered."""
     with tolerated("writing the diagnosis"):
@@ -327,7 +334,9 @@ def _log_diagnosis(result: RunResult, run_folder: RunFolder, tracked: TrackedRun
 
 
 @contextmanager
-def _ending(result: RunResult, run_folder: RunFolder, tracked: TrackedRun, started: float) -> Iterator[None]:
+def _ending(
+    result: RunResult, run_folder: RunFolder, tracked: TrackedRun, started: float, listener: Listener
+) -> Iterator[None]:
     """However a run ends, its folder and its MLflow run say how, with everything it has produced."""
     try:
         yield
@@ -340,9 +349,9 @@ def _ending(result: RunResult, run_folder: RunFolder, tracked: TrackedRun, start
         result.checkup.update(run_folder.history, out_of_memory=True)
         result.lost_to = result.checkup.reason_to_stop("error")
     finally:
+        listener.ending()
         result.seconds = time.perf_counter() - started
-        if result.outcome != "FAILED":  # nothing is left to go on with
-            (run_folder.checkpoints / "last" / OPTIMIZER_FILE).unlink(missing_ok=True)
+        goes_on = result.outcome == "FAILED"  # perhaps: the state of the optimizer is kept
         if not (result.refused or result.pruned):
             result.checkup.update(run_folder.history, finished=True, stopped_early=result.stopped_early)
         try:
@@ -352,8 +361,7 @@ def _ending(result: RunResult, run_folder: RunFolder, tracked: TrackedRun, start
             if result.best is not None:
                 tracked.log_figures({"best_val_loss": result.best.val_loss, "best_epoch": result.best.epoch})
             for path in (run_folder.checkpoints, run_folder.plots):
-                if path.exists():
-                    tracked.log_artifacts(path, under=path.name)
+                tracked.log_artifacts(path, under=path.name, leave_out=None if goes_on else OPTIMIZER_FILE)
             if run_folder.history_file.exists():
                 tracked.log_artifacts(run_folder.history_file, under="logs")
             for path in run_folder.diagnosis_files:
@@ -367,6 +375,8 @@ def _ending(result: RunResult, run_folder: RunFolder, tracked: TrackedRun, start
             tracked.finish(result.status)
             result.tracking_complete = tracked.is_complete
             run_folder.write_run(**result.as_dict())
+            if not goes_on and result.start.trial is None:  # of a trial, once its study knows the end
+                (run_folder.checkpoints / "last" / OPTIMIZER_FILE).unlink(missing_ok=True)
 
 
 def count_configured(settings: ExperimentSettings) -> ParameterCounts:

@@ -51,6 +51,9 @@ class Listener:
     def found(self, finding: Finding) -> None:
         """The epoch showed something new."""
 
+    def ending(self) -> None:
+        """The training is over, however it ended; what it produced is kept next."""
+
 
 TrialOutcome = Literal["COMPLETE", "PRUNED", "FAILED"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +63,15 @@ def run(
 ) -> None:
     """Begin a study, or go on with it, until it has the trials that were asked for.
 
-    Several of these may work on one study, on one machine or on many (--storage). Ctrl-C ends the running trials after
-    their last epoch's checkpoint; the same command goes on from there.
+    Several of these may work on one study, on one machine or on many (--storage). Ctrl-C ends the running trials within
+    a step; the same command goes on, each from its last whole epoch. Flags of settings are laid over the file's.
     """
     from behrt.sweep.settings import load_sweep
 
     loaded = load_sweep(sweep_file, name=name, trials=trials, flags=given(flags))
 
     from behrt.sweep.coordinator import run_sweep
-    from behrt.sweep_console import StudyView, heading
+    from behrt.sweep_console import StudyView, context, heading
     from behrt.terminal import stderr_console
 
     console = stderr_console()
@@ -83,8 +84,11 @@ def run(
         raise
     finally:
         view.close()
-    console.print(heading(summary), markup=False)
-    console.print(f"  trials and figures: sweeps/{summary.name}; MLflow run {summary.parent_run_id}", markup=False)
+    told = [heading(summary)] if view.times_shown > 1 else ["  nothing was left to train; ask for more with --trials"]
+    if context(summary) is not None:
+        told.append(f"  {context(summary)}")
+    told.append(f"  trials and figures: sweeps/{summary.name}; MLflow run {summary.parent_run_id}")
+    console.print("\n".join(told), markup=False, soft_wrap=True)
     if as_json:
         click.echo(json.dumps(summary.as_dict()))
     if given_up is not None:
@@ -93,10 +97,20 @@ def run(
         )
         raise (RefusedRun if is_refused else LostRun)(f"{summary.name}: given up: {given_up}")
     if summary.best is None:
-        raise LostRun(f"{summary.name}: no trial is complete; behrt sweep status {summary.name} says why each ended")
+        raise LostRun(f"{summary.name}: no trial is complete; {_command('status', summary.name, storage)} says why")
     console.print(
-        f"  the best one as an experiment: behrt sweep export {summary.name} --to experiments/NAME", markup=False
+        f"  the best one as an experiment: {_command('export', summary.name, storage)} --to experiments/NAME",
+        markup=False,
+        soft_wrap=True,
     )
+
+
+def _command(what: str, study: str, storage: str | None) -> str:
+    """A command to type next, with the storage that this one was given."""
+    from behrt.sweep.storage import shown_url
+
+    given_storage = "" if storage is None else f" --storage {shlex.quote(shown_url(storage))}"
+    return f"behrt sweep {what} {study}{given_storage}"
 
 
 @sweep.command()
@@ -109,11 +123,13 @@ def status(study: str, storage: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(summary.as_dict()))
         return
-    from behrt.sweep_console import trials_table
+    from behrt.sweep_console import context, trials_table
     from behrt.terminal import best_mark, stderr_console
 
     console = stderr_console()
-    console.print(trials_table(summary, rows=None, mark=best_mark(console.encoding)))
+    console.print(trials_table(summary, width=console.width, mark=best_mark(console.encoding)))
+    if context(summary) is not None:
+        console.print(context(summary), markup=False, soft_wrap=True)
 
 
 @sweep.command()
@@ -123,7 +139,7 @@ def status(study: str, storage: str | None, as_json: bool) -> None:
 def best(study: str, storage: str | None, as_json: bool) -> None:
     """Show the best complete trial of STUDY."""
     from behrt.sweep.summary import trial_dict
-    from behrt.sweep_console import short
+    from behrt.sweep_console import context
     from behrt.terminal import stderr_console
 
     summary = _summary(study, storage)
@@ -133,10 +149,16 @@ def best(study: str, storage: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(trial_dict(record)))
         return
-    lines = [f"Trial {record.number}: {summary.objective} {record.best:.4f} after {record.epochs} epochs"]
-    lines += [f"  --{name.replace('_', '-')} {short(value)}" for name, value in sorted(record.params.items())]
+    lines = [f"Trial {record.number}: {summary.objective} {record.best:.4f}, {record.epochs} epochs trained"]
+    lines += [
+        f"  {name}: {value:.12g}" if isinstance(value, float) else f"  {name}: {value}"
+        for name, value in sorted(record.params.items())
+    ]
+    if context(summary) is not None:
+        lines.append(f"  {context(summary)}")
     lines += [f"  folder {record.folder}", f"  MLflow run {record.run_id}"]
-    stderr_console().print("\n".join(lines), markup=False)
+    lines.append(f"  as an experiment: {_command('export', study, storage)} --to experiments/NAME")
+    stderr_console().print("\n".join(lines), markup=False, soft_wrap=True)
 
 
 @sweep.command()

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Self
 
 from behrt.config import UserError
@@ -42,6 +42,11 @@ for _name, _value in (
     ("MLFLOW_HTTP_REQUEST_TIMEOUT", "10"),
 ):
     os.environ.setdefault(_name, _value)
+
+
+class StoreUnavailable(UserError):
+    """The store cannot be opened. No run is to blame."""
+
 
 PARENT_TAG = "mlflow.parentRunId"
 """By which the MLflow UI lays a run under another one."""
@@ -96,7 +101,7 @@ def connect() -> MlflowClient:
             client.search_experiments(max_results=1)
     except Exception as error:  # MLflow's own, SQLAlchemy's, the network's, the disk's
         reason = " ".join(str(error).replace(uri, shown_uri()).split())[:200]
-        raise UserError(f"MLFLOW_TRACKING_URI: {shown_uri()}: the store cannot be opened: {reason}") from None
+        raise StoreUnavailable(f"MLFLOW_TRACKING_URI: {shown_uri()}: the store cannot be opened: {reason}") from None
     return client
 
 
@@ -150,7 +155,8 @@ class TrackedRun:
         if study_run_id is not None:
             name = f"trial {trial_number}"
             params = {TRIAL_NUMBER: trial_number, **params}
-            tags = {**tags, PARENT_TAG: study_run_id, TRIAL_STATE: "RUNNING"}
+            # as a tag too, which is there as soon as the run is
+            tags = {**tags, PARENT_TAG: study_run_id, TRIAL_NUMBER: str(trial_number), TRIAL_STATE: "RUNNING"}
         self.is_complete = True
         self._client = connect()
         self.experiment_id = experiment_id(self._client, experiment)
@@ -217,13 +223,14 @@ class TrackedRun:
         with self._tolerated():
             self._client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
 
-    def log_artifacts(self, path: Path, *, under: str | None = None) -> None:
-        """A file, or everything in a folder, below the artifact folder `under`."""
+    def log_artifacts(self, path: Path, *, under: str | None = None, leave_out: str | None = None) -> None:
+        """A file, or everything in a folder but files named `leave_out`, below the artifact folder `under`."""
+        files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
         with self._tolerated():
-            if path.is_dir():
-                self._client.log_artifacts(self.run_id, str(path), under)
-            else:
-                self._client.log_artifact(self.run_id, str(path), under)
+            for file in files:
+                inside = "" if file == path else str(file.parent.relative_to(path))
+                if file.name != leave_out:
+                    self._client.log_artifact(self.run_id, str(file), str(PurePosixPath(under or "", inside)))
 
     def log_text(self, text: str, name: str) -> None:
         """A small text file at the top of the artifacts."""
@@ -266,12 +273,12 @@ class TrackedRun:
                 found += [
                     TrackedTrial(
                         run_id=run.info.run_id,
-                        number=int(run.data.params[TRIAL_NUMBER]),
+                        number=int(run.data.tags[TRIAL_NUMBER]),
                         status=run.info.status,
                         state=run.data.tags.get(TRIAL_STATE),
                     )
                     for run in page
-                    if TRIAL_NUMBER in run.data.params
+                    if TRIAL_NUMBER in run.data.tags
                 ]
                 token = page.token
                 if not token:

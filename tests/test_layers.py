@@ -28,8 +28,8 @@ LAYERS = (
     ("run_report", "resume", "pretrain"),
     (
         "sweep.space", "sweep.settings", "sweep.samplers", "sweep.trials", "sweep.storage", "sweep.liveness",
-        "sweep.definitions", "sweep.study", "sweep.summary", "sweep.figures", "sweep.tracked", "sweep.trial",
-        "sweep.worker", "sweep.coordinator",
+        "sweep.definitions", "sweep.study", "sweep.summary", "sweep.figures", "sweep.tracked", "sweep.stopper",
+        "sweep.trial", "sweep.worker", "sweep.coordinator",
     ),
     ("exits", "options", "terminal", "console", "sweep_console", "sweep_commands", "cli", "__main__"),
 )  # fmt: skip

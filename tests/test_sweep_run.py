@@ -3,17 +3,25 @@
 import json
 import math
 from contextlib import chdir
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+import torch
 from mlflow.entities import Run
+from rich.console import Console
 
 from behrt.cli import main
 from behrt.config import load_experiment
 from behrt.history import read_history, read_run
+from behrt.sweep.storage import open_storage
+from behrt.sweep.study import SweepStudy
+from behrt.sweep.summary import StudySummary
+from behrt.sweep.trials import TrialState
+from behrt.sweep_console import LINES_AROUND, trials_table
 
 from .small_sweeps import (
     assert_optuna_and_mlflow_agree,
@@ -238,3 +246,49 @@ def test_a_mistake_gets_one_line_and_exit_code_2(
     assert said in lines[-1]
     assert sum(line.startswith("behrt") for line in lines) == 1
     assert trials_of(study.root, "s") == before
+
+
+def test_a_study_without_a_complete_trial_is_drawn_and_refused_as_lost(
+    tmp_path: Path, prepared: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """All trials diverge: the doctor ends them after an epoch."""
+    space = {"lr": {"type": "float", "low": 1e5, "high": 1e6, "log": True}}
+    write_sweep(tmp_path / "s.yaml", prepared, space=space, budget={"trials": 2}, settings={"gradient_clip": 1e9})
+    with chdir(tmp_path):
+        assert main(["sweep", "run", "s.yaml"]) == 4
+    assert "no trial is complete" in capsys.readouterr().err.splitlines()[-1]
+    told = behrt(tmp_path, "sweep", "status", "s")
+    assert {trial["state"] for trial in told["trials"]} == {"PRUNED"}
+    assert all(trial["ended"].startswith("lost: ") for trial in told["trials"])
+    assert_optuna_and_mlflow_agree(tmp_path, "s")
+    assert runs_of(tmp_path, "s")[0].info.status == "FINISHED"
+
+
+@pytest.mark.parametrize("flags", [["--device", "cuda"], ["--data", "nowhere"]])
+def test_what_no_trial_could_be_trained_with_is_refused_before_there_is_a_study(
+    tmp_path: Path, prepared: Path, capsys: pytest.CaptureFixture, flags: list[str]
+) -> None:
+    if flags[1] == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    write_sweep(tmp_path / "s.yaml", prepared)
+    with chdir(tmp_path):
+        assert main(["sweep", "run", "s.yaml", *flags]) == 2
+    assert flags[1] in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "sweeps").exists()
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_table_fits_its_terminal_and_shows_what_runs(study: Finished, width: int) -> None:
+    with chdir(study.root):
+        opened = SweepStudy.open("s", open_storage(None))
+    summary = StudySummary.of(opened)
+    running = replace(summary.records[0], number=8, state=TrialState.RUNNING)
+    summary = replace(summary, records=[*summary.records, running])
+    console = Console(width=width, file=StringIO())
+    console.print(trials_table(summary, width=width, rows=3))
+    lines = console.file.getvalue().splitlines()
+    assert len(lines) <= 3 + LINES_AROUND + 2
+    shown = [line for line in lines if any(state in line for state in TrialState)]
+    assert len(shown) == 3
+    assert any("RUNNING" in line for line in shown)
+    assert any(f"{summary.best.best:.4f} *" in line for line in shown)

@@ -62,7 +62,26 @@ def test_the_shipped_regularization_searches_what_it_is_for() -> None:
         ("high: 0.5", "high: 0.5, step: 0.2", 2, "only 0.4"),
         ("high: 0.5", "hihg: 0.5", 2, "did you mean 'high'"),
         ("high: 0.5", "high: 0.5, log: true", 2, "log needs a low above 0"),
-        ("type: float, low: 0.0, high: 0.5", "type: categorical, choices: [0.1]", 2, "at least 2"),
+        ("type: float, low: 0.0, high: 0.5", "type: categorical, choices: [0.1]", 2, "at least two choices"),
+        ("type: float, low: 0.0, high: 0.5", "type: categorical, choices: 0.1", 2, "expected a list"),
+        ("type: float, low: 0.0, high: 0.5", "type: categorical, choices: [[0.1]]", 2, "a choice is one value"),
+        ("type: float, low: 0.0", "type: [1], low: 0.0", 2, "expected type"),
+        ("dropout: {type: float, low: 0.0, high: 0.5}", "dropout: &a {b: *a}", 2, "refers to itself"),
+        ("dropout: {type: float, low: 0.0, high: 0.5", "num_layers: {type: float, low: 1, high: 4", 2, "use type: int"),
+        (
+            "dropout: {type: float, low: 0.0, high: 0.5",
+            "hidden_dim: {type: int, low: 64, high: 68",
+            2,
+            "divide hidden_dim 65",
+        ),
+        (
+            "dropout: {type: float, low: 0.0, high: 0.5}",
+            "use_lora: {type: categorical, choices: ['true', 'false']}",
+            2,
+            "without quotes",
+        ),
+        ("epochs: 20", "lr: 0.1", 5, "is searched under space"),
+        ("epochs: 20", "training: {epochs: 20}", 5, "without their sections"),
         ("type: float, low: 0.0, high: 0.5", "type: categorical, choices: [0.1, 7]", 2, "less than 1"),
         ("type: float, low: 0.0, high: 0.5", "type: categorical, choices: [0.1, 0.1]", 2, "twice"),
         ("type: float, low: 0.0", "type: flaot, low: 0.0", 2, "expected type"),
@@ -174,3 +193,40 @@ def test_no_trial_is_pruned_before_its_third_epoch(tmp_path: Path) -> None:
 def test_a_budget_is_not_negative() -> None:
     with pytest.raises(ValueError, match="greater than 0"):
         Budget(hours=0)
+
+
+def test_settings_that_only_go_together_are_taken_in_any_order(tmp_path: Path) -> None:
+    text = GOOD.replace("epochs: 20", "accumulation_steps: 64\n  batch_size: 128")
+    assert load(tmp_path, text).base.training.accumulation_steps == 64
+
+
+def test_a_grid_that_would_repeat_trials_is_refused(tmp_path: Path) -> None:
+    space = "{use_lora: {type: categorical, choices: [true, false]}, lora_rank: {type: int, low: 2, high: 3}}"
+    with pytest.raises(UserError, match=r"line 1: space.lora_rank: a grid would repeat"):
+        load(tmp_path, f"space: {space}\nsampler: grid\nbudget: {{trials: 2}}\n")
+
+
+@pytest.mark.parametrize(("text", "says"), [("", "nothing to search"), ("[1]", "expected a sweep"), ("3", "found int")])
+def test_a_file_that_is_no_sweep_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        load(tmp_path, text)
+
+
+def test_a_missing_file_and_an_empty_name_are_refused(tmp_path: Path) -> None:
+    load(tmp_path, GOOD)
+    with pytest.raises(UserError, match=r"mien.yaml: no such sweep file; did you mean 'mine.yaml'"):
+        load_sweep(tmp_path / "mien.yaml")
+    with pytest.raises(UserError, match="is no folder name"):
+        load_sweep(tmp_path / "mine.yaml", name="")
+
+
+def test_a_base_is_found_beside_the_sweep_from_any_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_sweep(ROOT / "sweeps" / "quick.yaml").base.adaptation.use_lora
+
+
+def test_steps_are_settings_as_a_person_would_write_them(tmp_path: Path) -> None:
+    sweep = load(tmp_path, GOOD.replace("high: 0.5", "high: 0.5, step: 0.05"))
+    assert str(sweep.trial_settings({"dropout": 0.15000000000000002}).model.dropout) == "0.15"

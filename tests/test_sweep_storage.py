@@ -278,9 +278,21 @@ def test_an_error_that_waiting_does_not_mend_is_raised_at_once(tmp_path: Path) -
         with storage.rdb.engine.connect() as connection:
             connection.exec_driver_sql("SELECT * FROM nothing")
 
-    with pytest.raises(sqlalchemy.exc.OperationalError):
+    with pytest.raises(StorageLost, match="syntax error") as lost:
         storage.patiently(call)
     assert len(calls) == 1
+    assert "\n" not in str(lost.value)
+
+
+def test_a_password_with_an_at_sign_is_refused_and_not_shown() -> None:
+    text = refusal(f"postgresql://me:{SECRET[:3]}@{SECRET[3:]}@host/a")
+    assert "write @ in a password as %40" in text
+    assert SECRET[3:] not in text
+
+
+def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    assert "no such folder" in refusal(f"sqlite:///{tmp_path}/mistyped/a.db")
+    assert not (tmp_path / "mistyped").exists()
 
 
 def test_a_file_that_another_program_writes_to_is_waited_for(tmp_path: Path) -> None:
@@ -298,9 +310,9 @@ def test_a_file_that_another_program_writes_to_is_waited_for(tmp_path: Path) -> 
 
 def test_a_worker_lives_until_it_releases_its_token(tmp_path: Path) -> None:
     token = WorkerToken(tmp_path)
-    assert is_alive(token.worker, tmp_path) is True
+    assert is_alive(token.worker) is True
     token.release()
-    assert is_alive(token.worker, tmp_path) is False
+    assert is_alive(token.worker) is False
     assert list((tmp_path / "workers").iterdir()) == []
 
 
@@ -312,10 +324,10 @@ def test_a_worker_that_is_killed_is_dead(tmp_path: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     worker = json.loads(child.stdout.readline())
-    assert is_alive(worker, tmp_path) is True
+    assert is_alive(worker) is True
     child.kill()
     child.communicate()
-    assert is_alive(worker, tmp_path) is False
+    assert is_alive(worker) is False
     assert len(list((tmp_path / "workers").iterdir())) == 1
 
 
@@ -331,10 +343,10 @@ def test_a_forked_child_does_not_keep_a_dead_worker_alive(tmp_path: Path) -> Non
     assert parent.stdout is not None
     worker, child = json.loads(parent.stdout.readline())
     try:
-        assert is_alive(worker, tmp_path) is True
+        assert is_alive(worker) is True
         parent.kill()
         parent.wait()
-        assert is_alive(worker, tmp_path) is False
+        assert is_alive(worker) is False
     finally:
         os.kill(child, signal.SIGKILL)
         parent.stdout.close()
@@ -346,10 +358,19 @@ def test_two_who_ask_at_once_do_not_take_each_other_for_the_worker(tmp_path: Pat
     path.touch()
     with path.open() as handle:
         fcntl.flock(handle, fcntl.LOCK_SH)
-        assert is_alive({**worker, "token": "dead"}, tmp_path) is False
+        assert is_alive({**worker, "lock": str(path)}) is False
 
 
 def test_nothing_is_known_of_a_worker_elsewhere(tmp_path: Path) -> None:
     with WorkerToken(tmp_path / "here") as token:
-        assert is_alive({**token.worker, "host": "another"}, tmp_path / "here") is None
-        assert is_alive(token.worker, tmp_path / "not here") is None
+        assert is_alive({**token.worker, "host": "another"}) is None
+        assert is_alive({**token.worker, "machine": "of the same name"}) is None
+        assert is_alive({**token.worker, "lock": str(tmp_path / "not here" / "a.lock")}) is None
+
+
+def test_a_worker_is_seen_from_another_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with WorkerToken(Path("sweeps/a")) as token:
+        (tmp_path / "elsewhere" / "sweeps" / "a" / "workers").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        assert is_alive(token.worker) is True

@@ -10,8 +10,8 @@ from typing import Any
 import optuna
 import pytest
 
-from behrt.config import UserError
-from behrt.sweep.settings import Budget
+from behrt.config import UserError, load_experiment
+from behrt.sweep.settings import Budget, PrunerSettings
 from behrt.sweep.storage import open_storage
 from behrt.sweep.study import Done, Report, SweepStudy, Wait
 from behrt.sweep.trials import (
@@ -20,6 +20,7 @@ from behrt.sweep.trials import (
     INTERRUPTED,
     MAX_IDLE_ATTEMPTS,
     OUT_OF_MEMORY,
+    PARENT_RUN_ID,
     PRUNED,
     REFUSED,
     WORKER,
@@ -77,6 +78,16 @@ def test_a_budget_of_epochs_ends_the_study(tmp_path: Path) -> None:
     assert study.tally().trained_epochs == 6  # three trials of two epochs: the one that runs then is finished
     done = study.claim(new_worker(), is_alive=everybody_lives)
     assert done == Done("all 5 epochs")
+
+
+def test_a_trial_that_is_lost_when_the_epochs_are_used_up_is_still_finished(tmp_path: Path) -> None:
+    study = begin(tmp_path, budget=Budget(trials=20, total_epochs=3))
+    lost = claimed(study)
+    for epoch in (1, 2, 3):
+        study.report(lost, epoch=epoch, value=1.0)
+    study.reap(nobody_lives)
+    assert claimed(study).params == lost.params
+    assert isinstance(study.claim(new_worker(), is_alive=everybody_lives), Done)
 
 
 def test_a_larger_budget_continues_a_study_that_was_over(tmp_path: Path) -> None:
@@ -199,6 +210,23 @@ def test_a_trial_that_dies_again_and_again_without_an_epoch_is_given_up(tmp_path
     assert isinstance(study.claim(new_worker(), is_alive=everybody_lives), Done)
 
 
+def test_to_be_stopped_again_and_again_is_no_failure(tmp_path: Path) -> None:
+    study = begin(tmp_path, budget=Budget(trials=1))
+    for _ in range(MAX_IDLE_ATTEMPTS + 1):
+        study.tell(claimed(study), TrialState.FAILED, None, ended=INTERRUPTED)
+    assert study.tally().finished == 0
+    assert claimed(study).number == MAX_IDLE_ATTEMPTS + 1
+
+
+def test_a_grids_retry_has_the_point_of_the_lost_trial(tmp_path: Path) -> None:
+    study = SweepStudy.begin(grid_sweep(), open_storage(f"sqlite:///{tmp_path}/a.db"))
+    lost = claimed(study)
+    study.reap(nobody_lives)
+    running = [claimed(study) for _ in range(4)]
+    assert running[0].params == lost.params
+    assert len({json.dumps(trial.params, sort_keys=True) for trial in running}) == 4
+
+
 def test_a_worker_that_was_held_to_be_dead_learns_that_its_trial_is_anothers(tmp_path: Path) -> None:
     study = begin(tmp_path)
     trial = claimed(study)
@@ -234,9 +262,26 @@ def test_values_that_are_not_finite_are_kept_and_are_no_best(tmp_path: Path) -> 
 
 
 def test_another_definition_is_refused_with_what_differs(tmp_path: Path) -> None:
-    begin(tmp_path)
+    claimed(begin(tmp_path))
     with pytest.raises(UserError, match=r"--study small: was begun with another definition: seed: 7 there, 8 here"):
         begin(tmp_path, seed=8)
+
+
+def test_a_study_that_has_come_to_nothing_takes_another_definition(tmp_path: Path) -> None:
+    begin(tmp_path).note_once(PARENT_RUN_ID, lambda: "of the first definition")
+    study = begin(tmp_path, seed=8)
+    assert SweepStudy.open("small", study.storage).sweep.seed == 8
+    assert study.noted(PARENT_RUN_ID) is None
+
+
+def test_a_study_that_is_asked_for_more_trials_prunes_as_it_began(tmp_path: Path) -> None:
+    """With 40 trials and more, `auto` would be hyperband."""
+    changes = {"pruner": PrunerSettings(), "base": load_experiment(flags={"epochs": 20})}
+    assert begin(tmp_path, budget=Budget(trials=10), **changes).sweep.pruner.name == "median"
+    study = begin(tmp_path, budget=Budget(trials=80), **changes)
+    assert study.sweep.pruner.name == "median"
+    assert isinstance(study.study.pruner, optuna.pruners.MedianPruner)
+    assert isinstance(SweepStudy.open("small", study.storage).study.pruner, optuna.pruners.MedianPruner)
 
 
 def test_a_study_is_opened_as_it_was_begun(tmp_path: Path) -> None:
@@ -295,6 +340,15 @@ def test_a_study_is_hopeless_if_its_first_trials_all_ended_alike_without_a_resul
     end_all(study, ends)
     found = study.hopeless()
     assert found is None if said is None else said in (found or "")
+
+
+def test_trials_from_before_somebody_mended_the_cause_do_not_make_a_study_hopeless(tmp_path: Path) -> None:
+    study = begin(tmp_path)
+    end_all(study, [(TrialState.FAILED, OUT_OF_MEMORY)] * 5)
+    before = {record.number for record in study.records()}
+    assert study.hopeless(but=before) is None
+    end_all(study, [(TrialState.FAILED, OUT_OF_MEMORY)] * 5)
+    assert study.hopeless(but=before) is not None
 
 
 def test_a_workers_name_stands_with_its_trial(tmp_path: Path) -> None:

@@ -150,6 +150,7 @@ def test_a_trial_that_runs_out_of_memory_fails_alone(
     from behrt.records import RecordsCache
     from behrt.sweep.liveness import WorkerToken
     from behrt.sweep.settings import load_sweep
+    from behrt.sweep.stopper import Stopper
     from behrt.sweep.study import SweepStudy
     from behrt.sweep.tracked import begin_study_run
     from behrt.sweep.trial import run_trial
@@ -171,7 +172,7 @@ def test_a_trial_that_runs_out_of_memory_fails_alone(
     with WorkerToken(Path("sweeps/s")) as token:
         for _ in range(2):
             trial = study.claim(token.worker, is_alive=lambda worker: True)
-            run_trial(study, trial, folder=Path("sweeps/s"), records_cache=cache)
+            run_trial(study, trial, folder=Path("sweeps/s"), records_cache=cache, stopper=Stopper(listens=False))
     first, second = study.records()
     assert (first.state, first.ended) == ("FAILED", "out of memory")
     assert (second.state, second.ended) == ("COMPLETE", "all epochs")

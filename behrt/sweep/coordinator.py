@@ -12,12 +12,16 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 from behrt.config import UserError
+from behrt.devices import choose_device, choose_precision
+from behrt.doctor.checkup import tolerated
+from behrt.files import write_text
+from behrt.sequences import open_prepared
 from behrt.sweep.figures import draw_study, draw_trial
 from behrt.sweep.liveness import is_alive
 from behrt.sweep.settings import Sweep
@@ -25,16 +29,14 @@ from behrt.sweep.storage import open_storage
 from behrt.sweep.study import SweepStudy
 from behrt.sweep.summary import StudySummary
 from behrt.sweep.tracked import begin_study_run, settle_trials, tell_improvements
-from behrt.sweep.trials import PARENT_RUN_ID, TrialRecord, TrialState
-from behrt.sweep.worker import EXIT_DONE, EXIT_STOPPED, EXIT_UNUSABLE, Job, job_line
+from behrt.sweep.trials import MAX_IDLE_ATTEMPTS, PARENT_RUN_ID, STUDY_ID, Tally, TrialRecord
+from behrt.sweep.worker import EXIT_DONE, EXIT_UNUSABLE, Job, job_line
 from behrt.tracking import RunStatus, TrackedRun
 
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_TO_STOP = 30.0
-CRASHES_WITHOUT_PROGRESS = 5
-"""Workers that died in a row without a further epoch in the study, after which no more are started."""
 
 
 def study_folder(name: str) -> Path:
@@ -57,6 +59,10 @@ class Workers:
     def log_file(self, index: int) -> Path:
         """What the worker has written."""
         return self._folder / "workers" / f"{os.getpid()}-{index}.log"
+
+    def last_line(self, index: int) -> str:
+        """The last line that the worker has written."""
+        return (self.log_file(index).read_text().splitlines() or [f"its worker {index} said nothing"])[-1]
 
     def start(self, index: int) -> None:
         """Starts the worker of this index, in a session of its own: Ctrl-C reaches it through its coordinator."""
@@ -142,78 +148,120 @@ def run_sweep(
         The study, and why it was given up, if it was.
 
     Raises:
-        UserError: the storage, the tracking store or the records cannot be used; workers die as soon as they start.
+        UserError: the storage, the tracking store, the device or the records cannot be used; workers die as soon as
+            they start.
         KeyboardInterrupt: passed on when the workers have ended and their trials are marked.
     """
-    storage = open_storage(storage_url)
-    study = SweepStudy.begin(sweep, storage, must_exist=must_exist)
+    _check_machine(sweep)
+    study = SweepStudy.begin(sweep, open_storage(storage_url), must_exist=must_exist)
+    sweep = study.sweep
+    keep_folder(study_folder(sweep.name), study.note_once(STUDY_ID, lambda: uuid.uuid4().hex))
     tracked = TrackedRun.existing(study.note_once(PARENT_RUN_ID, lambda: begin_study_run(sweep)))
     tracked.reopen()
-    status: RunStatus = "KILLED"
+    status: RunStatus = "FAILED"
     given_up = None
     try:
         given_up = _attend(study, tracked, workers, show)
         status = "FINISHED" if given_up is None else "FAILED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
     finally:
-        # under the lock, for another coordinator may end at the same time
-        with storage.locked():
-            records = study.records()
-            settle_trials(tracked, records)
-            tell_improvements(tracked, sweep, records)
-        draw_ended(records, sweep.name)
-        figures = study_folder(sweep.name) / "plots"
-        if draw_study(records, sweep, figures):
-            tracked.log_artifacts(figures, under="plots")
-        summary = StudySummary.of(study)
-        if summary.best is not None:
-            tracked.tag({"best_trial": str(summary.best.number), "best_run_id": str(summary.best.run_id)})
-        tracked.finish(status)
-        show(summary)
+        try:
+            _settle(study, tracked)
+        finally:
+            tracked.finish(status)
+    summary = StudySummary.of(study)
+    show(summary)
     return summary, given_up
+
+
+def _check_machine(sweep: Sweep) -> None:
+    """Refuses, before there is a study, what no trial could be trained with on this machine.
+
+    Raises:
+        UserError: the device or the precision is not to be had, or `data` names no prepared records.
+    """
+    choose_precision(sweep.base.training.precision, choose_device(sweep.base.training.device))
+    if sweep.base.data.data is not None:
+        open_prepared(Path(sweep.base.data.data))
+
+
+def keep_folder(folder: Path, study_id: str) -> None:
+    """Makes the folder of a study.
+
+    Raises:
+        UserError: it belongs to a study of the same name in another storage.
+    """
+    owner = folder / ".study"
+    if owner.exists() and owner.read_text().strip() != study_id:
+        raise UserError(
+            f"{folder}: belongs to another study of this name, in another storage or deleted there; "
+            "choose another --study, or move the folder away"
+        )
+    write_text(owner, study_id)
+
+
+def _settle(study: SweepStudy, tracked: TrackedRun) -> None:
+    """Tells and draws what came of the study so far."""
+    sweep = study.sweep
+    with study.storage.locked():  # for another coordinator may end at the same time
+        summary = StudySummary.of(study)
+        settle_trials(tracked, summary.records)
+        tell_improvements(tracked, sweep, summary.records)
+    if summary.best is not None:
+        tracked.tag({"best_trial": str(summary.best.number), "best_run_id": str(summary.best.run_id)})
+    draw_ended(summary.records, sweep.name)
+    figures = study_folder(sweep.name) / "plots"
+    with tolerated("drawing the study"):
+        if draw_study(summary.records, sweep, figures):
+            tracked.log_artifacts(figures, under="plots")
 
 
 def draw_ended(records: list[TrialRecord], study: str) -> set[int]:
     """Draws the curves of the trials that have ended, and gives them to MLflow; the numbers of these trials."""
-    ended = [record for record in records if record.state not in (TrialState.WAITING, TrialState.RUNNING)]
+    ended = [record for record in records if record.state.has_ended]
     for record in ended:
-        try:
-            plots = draw_trial(record, study)
-            if plots is not None and record.run_id is not None:
-                TrackedRun.existing(record.run_id).log_artifacts(plots, under=plots.name)
-        except UserError as error:  # a folder or a run that somebody has taken away; the study goes on
-            log.warning("trial %d: its curves are not drawn: %s", record.number, error)
+        with tolerated(f"drawing trial {record.number}"):
+            try:
+                plots = draw_trial(record, study)
+                if plots is not None and record.run_id is not None:
+                    TrackedRun.existing(record.run_id).log_artifacts(plots, under=plots.name)
+            except UserError as error:  # a folder or a run that somebody has taken away
+                log.warning("trial %d: its curves are not drawn: %s", record.number, error)
     return {record.number for record in ended}
 
 
 def _attend(study: SweepStudy, tracked: TrackedRun, count: int, show: Callable[[StudySummary], None]) -> str | None:
     """Watches the workers until all have ended; why the study was given up, if it was."""
-    sweep, folder = study.sweep, study_folder(study.sweep.name)
-    hours = sweep.budget.hours
+    sweep = study.sweep
+    study.reap(is_alive)
     summary = StudySummary.of(study)
     missing = sweep.budget.trials - summary.tally.finished
     if missing <= 0:
         return None
-    deadline = None if hours is None else time.time() + 3600 * hours
-    workers = Workers(url=study.storage.url, study=sweep.name, count=min(count, missing), deadline=deadline)
-    crashes, epochs_at_crash, finished = 0, -1, -1
+    deadline = None if sweep.budget.hours is None else time.time() + 3600 * sweep.budget.hours
+    count = min(count, missing)
+    workers = Workers(url=study.storage.url, study=sweep.name, count=count, deadline=deadline)
+    before = {record.number for record in summary.records}
+    crashes = Crashes(limit=count * (MAX_IDLE_ATTEMPTS + 1))
     drawn: set[int] = set()
+    finished = -1
     try:
         while workers.running:
             time.sleep(SECONDS_BETWEEN_LOOKS)
-            for index, code in workers.ended().items():
+            # one that was stopped by a signal of its own is replaced like one that died
+            dead = {index: code for index, code in workers.ended().items() if code != EXIT_DONE}
+            for index, code in dead.items():
                 if code == EXIT_UNUSABLE:
-                    raise UserError(workers.log_file(index).read_text().splitlines()[-1])
-                if code in (EXIT_DONE, EXIT_STOPPED):
-                    continue
-                study.reap(partial(is_alive, folder=folder))
-                trained = study.tally().trained_epochs
-                crashes = crashes + 1 if trained == epochs_at_crash else 1
-                epochs_at_crash = trained
-                if crashes >= CRASHES_WITHOUT_PROGRESS:
-                    raise UserError(
-                        f"{sweep.name}: its workers die as soon as they start; see {workers.log_file(index)}"
-                    )
-                workers.start(index)
+                    raise UserError(workers.last_line(index))
+            if dead:
+                study.reap(is_alive)
+                if crashes.are_too_many(study.tally()):
+                    log_file = workers.log_file(min(dead))
+                    raise UserError(f"{sweep.name}: its workers die again and again without an epoch; see {log_file}")
+                for index in dead:
+                    workers.start(index)
             summary = StudySummary.of(study)
             show(summary)
             drawn |= draw_ended([record for record in summary.records if record.number not in drawn], sweep.name)
@@ -221,10 +269,26 @@ def _attend(study: SweepStudy, tracked: TrackedRun, count: int, show: Callable[[
                 finished = summary.tally.finished
                 with study.storage.locked():
                     tell_improvements(tracked, sweep, summary.records)
-                given_up = study.hopeless()
+                given_up = study.hopeless(but=before)
                 if given_up is not None:
                     return given_up
     finally:
         workers.stop()
-        study.reap(partial(is_alive, folder=folder))
+        study.reap(is_alive)
     return None
+
+
+class Crashes:
+    """Counts looks in a row at which workers had died, and the study had come no further since the last time."""
+
+    def __init__(self, *, limit: int) -> None:
+        self._limit = limit
+        self._in_a_row = 0
+        self._stood_at: tuple[int, int] | None = None
+
+    def are_too_many(self, counts: Tally) -> bool:
+        """Counts one look more."""
+        stands_at = (counts.trained_epochs, counts.finished)
+        self._in_a_row = self._in_a_row + 1 if stands_at == self._stood_at else 1
+        self._stood_at = stands_at
+        return self._in_a_row >= self._limit

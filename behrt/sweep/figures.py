@@ -7,15 +7,16 @@ A figure that needs more trials than there are is left out.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from behrt.history import Baselines, read_history, read_run
-from behrt.plots import draw_curves, saved_figure
+from behrt.plots import FAR_ABOVE, draw_curves, saved_figure
 from behrt.sweep.settings import Sweep
-from behrt.sweep.space import CategoricalParameter
-from behrt.sweep.trials import TrialRecord, TrialState
+from behrt.sweep.space import CategoricalParameter, IntParameter
+from behrt.sweep.trials import TrialRecord, TrialState, best_trial
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,12 +39,12 @@ def draw_study(records: Sequence[TrialRecord], sweep: Sweep, folder: Path) -> li
         ]
     )
     drawers: dict[str, Callable[[Path], bool]] = {
-        "history": lambda path: _history(frame, sweep, path),
+        "history": lambda path: _history(frame, records, sweep, path),
         "intermediate_values": lambda path: _curves(records, sweep, path),
         "importances": lambda path: _importances(records, sweep, path),
-        "slice": lambda path: _slice(frame, sweep, path),
+        "slice": lambda path: _slice(frame, records, sweep, path),
         "parallel_coordinates": lambda path: _parallel(frame, sweep, path),
-        "pair": lambda path: _pair(frame, sweep, path),
+        "pair": lambda path: _pair(frame, records, sweep, path),
     }
     drawn = []
     for name, draw in drawers.items():
@@ -81,28 +82,71 @@ def _is_log(sweep: Sweep, name: str) -> bool:
 
 
 def _scale(axes: Axes, sweep: Sweep, *, x: str | None = None, y: str | None = None) -> None:
-    """Scales the axes as their parameters are drawn, with few and plain numbers on them."""
+    """Scales the axes as their parameters are drawn, from bound to bound, with few and plain numbers on them."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    for name, axis, set_scale in ((x, axes.xaxis, axes.set_xscale), (y, axes.yaxis, axes.set_yscale)):
-        if name is None or not _is_log(sweep, name):
+    for name, axis, set_scale, set_limits in (
+        (x, axes.xaxis, axes.set_xscale, axes.set_xlim),
+        (y, axes.yaxis, axes.set_yscale, axes.set_ylim),
+    ):
+        parameter = None if name is None else sweep.space[name]
+        if parameter is None or isinstance(parameter, CategoricalParameter):
+            continue
+        low, high = float(parameter.low), float(parameter.high)
+        if not parameter.log:
+            set_limits(low - 0.06 * (high - low), high + 0.06 * (high - low))
             continue
         set_scale("log")
-        parameter = sweep.space[name]
-        assert not isinstance(parameter, CategoricalParameter)
+        margin = (high / low) ** 0.06
+        set_limits(low / margin, high * margin)
         # of less than two decades the powers of ten alone would be one label, or none
-        is_narrow = parameter.high < 100 * parameter.low
-        axis.set_major_locator(LogLocator(base=2 if is_narrow else 10, numticks=6))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        if isinstance(parameter, IntParameter) and high < 100 * low:
+            axis.set_major_locator(LogLocator(base=2, numticks=6))
+        else:
+            axis.set_major_locator(LogLocator(base=10, subs=(1, 3) if high < 100 * low else (1,), numticks=6))
+        axis.set_major_formatter(FuncFormatter(_plain_number))
         axis.set_minor_formatter(NullFormatter())
+
+
+def _plain_number(value: float, position: int | None = None) -> str:
+    """A number on an axis.
+
+    >>> _plain_number(0.0003), _plain_number(0.03), _plain_number(16.0)
+    ('3e-4', '0.03', '16')
+    """
+    return f"{value:.0e}".replace("e-0", "e-") if value < 0.005 else f"{value:g}"
+
+
+def _bound(records: Sequence[TrialRecord], sweep: Sweep) -> float:
+    """A loss above this one has exploded: half as high again as where the trials began."""
+    first = [record.values[min(record.values)] for record in records if record.values]
+    first = [value for value in first if math.isfinite(value)]
+    return FAR_ABOVE * statistics.median(first) if first and sweep.direction == "minimize" else math.inf
+
+
+def _cut_off(axes: Axes, records: Sequence[TrialRecord], sweep: Sweep) -> None:
+    """Leaves out losses that have exploded, which would press all others flat, and says so."""
+    bound, (bottom, top) = _bound(records, sweep), axes.get_ylim()
+    if top > bound > bottom:
+        kept = [value for record in records for value in record.values.values() if value <= bound]
+        axes.set_ylim(min(kept) - 0.05 * (bound - min(kept)), bound)
+        axes.annotate(
+            f"above {bound:.1f} left out",
+            (0.99, 0.98),
+            xycoords="axes fraction",
+            ha="right",
+            va="top",
+            fontsize="small",
+        )
 
 
 def _searched(frame: pd.DataFrame, sweep: Sweep) -> list[str]:
     return [name for name in sweep.space if name in frame]
 
 
-def _history(frame: pd.DataFrame, sweep: Sweep, path: Path) -> bool:
+def _history(frame: pd.DataFrame, records: Sequence[TrialRecord], sweep: Sweep, path: Path) -> bool:
     import seaborn as sns
+    from matplotlib.ticker import MaxNLocator
 
     label = LABELS[sweep.objective]
     complete = frame[frame["state"] == "COMPLETE"]
@@ -110,8 +154,11 @@ def _history(frame: pd.DataFrame, sweep: Sweep, path: Path) -> bool:
     with saved_figure(path, width=8.4) as figure:
         axes = figure.add_subplot()
         sns.scatterplot(frame, x="trial", y=label, hue="state", palette=STATE_COLOURS, ax=axes)
-        until = [*complete["trial"], frame["trial"].max()]
-        axes.step(until, [*best, *best[-1:]], where="post", color="0.3", linewidth=1.2, label="best so far")
+        if len(complete):
+            until = [*complete["trial"], frame["trial"].max()]
+            axes.step(until, [*best, best.iloc[-1]], where="post", color="0.3", linewidth=1.2, label="best so far")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _cut_off(axes, records, sweep)
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
         axes.set_title(sweep.name)
     return True
@@ -121,12 +168,15 @@ def _curves(records: Sequence[TrialRecord], sweep: Sweep, path: Path) -> bool:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
+    best = best_trial(records, sweep.direction)
     with saved_figure(path, width=8.4) as figure:
         axes = figure.add_subplot()
         for record in records:
             values = {epoch: value for epoch, value in record.values.items() if math.isfinite(value)}
             colour = STATE_COLOURS.get(record.state.value, "0.6")
-            axes.plot(list(values), list(values.values()), color=colour, alpha=0.6, linewidth=1)
+            is_best = best is not None and record.number == best.number
+            width, alpha, order = (2.4, 1.0, 3) if is_best else (1.0, 0.6, 2)
+            axes.plot(list(values), list(values.values()), color=colour, alpha=alpha, linewidth=width, zorder=order)
             if values:
                 axes.plot([max(values)], [values[max(values)]], color=colour, marker="o", markersize=3)
         axes.set(xlabel="epoch", ylabel=f"{sweep.objective} of the epoch", title=sweep.name)
@@ -135,6 +185,12 @@ def _curves(records: Sequence[TrialRecord], sweep: Sweep, path: Path) -> bool:
         handles = [
             Line2D([], [], color=colour, label=state) for state, colour in STATE_COLOURS.items() if state in states
         ]
+        if best is not None:
+            handles.append(
+                Line2D([], [], color=STATE_COLOURS["COMPLETE"], linewidth=2.4, label=f"best: trial {best.number}")
+            )
+        axes.set_xlim(left=1 - 0.02 * max(record.epochs for record in records))
+        _cut_off(axes, records, sweep)
         axes.legend(handles=handles, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return True
 
@@ -171,7 +227,7 @@ def _importances(records: Sequence[TrialRecord], sweep: Sweep, path: Path) -> bo
     return True
 
 
-def _slice(frame: pd.DataFrame, sweep: Sweep, path: Path) -> bool:
+def _slice(frame: pd.DataFrame, records: Sequence[TrialRecord], sweep: Sweep, path: Path) -> bool:
     import seaborn as sns
 
     label, names = LABELS[sweep.objective], _searched(frame, sweep)
@@ -189,6 +245,7 @@ def _slice(frame: pd.DataFrame, sweep: Sweep, path: Path) -> bool:
             _scale(axes, sweep, x=name)
             if isinstance(sweep.space[name], CategoricalParameter):
                 axes.tick_params(axis="x", labelrotation=30)
+        _cut_off(panels[0], records, sweep)
         if panels[-1].get_legend() is not None:
             panels[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
         figure.suptitle(sweep.name, fontsize="medium")
@@ -211,7 +268,10 @@ def _parallel(frame: pd.DataFrame, sweep: Sweep, path: Path) -> bool:
     from matplotlib.colors import Normalize
 
     label, names = LABELS[sweep.objective], _searched(frame, sweep)
-    complete = frame[frame["state"] == "COMPLETE"].dropna(subset=names)
+    all_complete = frame[frame["state"] == "COMPLETE"]
+    complete = all_complete.dropna(subset=names)
+    left_out = len(all_complete) - len(complete)
+    note = f" ({left_out} without all of these settings left out)" if left_out else ""
     if len(complete) < 2 or len(names) < 2:
         return False
     colours = mpl.colormaps["viridis" if sweep.direction == "minimize" else "viridis_r"]
@@ -231,13 +291,13 @@ def _parallel(frame: pd.DataFrame, sweep: Sweep, path: Path) -> bool:
             )
             for height, text, side in ((-0.04, ends[0], "top"), (1.04, ends[1], "bottom")):
                 axes.text(at, height, str(text), ha="center", va=side, fontsize="small")
-        axes.set(ylim=(-0.15, 1.15), yticks=[], title=f"{sweep.name}, complete trials")
+        axes.set(ylim=(-0.15, 1.15), yticks=[], title=f"{sweep.name}, complete trials{note}")
         axes.set_xticks(range(len(names)), names)
         figure.colorbar(mpl.cm.ScalarMappable(norm=scale, cmap=colours), ax=axes, label=label)
     return True
 
 
-def _pair(frame: pd.DataFrame, sweep: Sweep, path: Path) -> bool:
+def _pair(frame: pd.DataFrame, records: Sequence[TrialRecord], sweep: Sweep, path: Path) -> bool:
     """Every parameter against every other one, coloured by the objective."""
     import seaborn as sns
 
@@ -246,6 +306,8 @@ def _pair(frame: pd.DataFrame, sweep: Sweep, path: Path) -> bool:
     if len(names) < 2 or len(frame) < 2:
         return False
     size = 2.1 * len(names)
+    bound = _bound(records, sweep)
+    shown = frame.assign(**{label: frame[label].clip(upper=bound).round(3)})  # one that exploded takes all colours
     with saved_figure(path, width=size + 1.6, height=size) as figure:
         grid = figure.subplots(len(names), len(names), squeeze=False)
         for row, y in enumerate(names):
@@ -256,7 +318,7 @@ def _pair(frame: pd.DataFrame, sweep: Sweep, path: Path) -> bool:
                     axes.set_ylabel("trials")
                 else:
                     sns.scatterplot(
-                        frame, x=x, y=y, hue=label, style="state", palette="viridis", s=22, ax=axes,
+                        shown, x=x, y=y, hue=label, style="state", palette="viridis", s=22, ax=axes,
                         legend=row == 0 and column == len(names) - 1,
                     )  # fmt: skip
                     _scale(axes, sweep, y=y)

@@ -20,13 +20,12 @@ class WorkerToken:
     """A sign of life: the file `FOLDER/workers/TOKEN.lock`, locked until `release` or the end of the process.
 
     Attributes:
-        worker: host and token, as a trial stores them.
+        worker: host, machine and path of the lock, as a trial stores them.
     """
 
     def __init__(self, folder: Path) -> None:
-        token = uuid.uuid4().hex
-        self.worker = {"host": socket.gethostname(), "token": token}
-        self._path = _lock_file(folder, token)
+        self._path = folder.absolute() / "workers" / f"{uuid.uuid4().hex}.lock"
+        self.worker = {"host": socket.gethostname(), "machine": _machine(), "lock": str(self._path)}
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._handle = self._path.open("a")
         fcntl.flock(self._handle, fcntl.LOCK_EX)
@@ -45,12 +44,14 @@ class WorkerToken:
         self.release()
 
 
-def is_alive(worker: Mapping[str, Any], folder: Path) -> bool | None:
-    """Whether the worker lives; None where that cannot be told from here: on another host, or without its folder."""
-    if worker.get("host") != socket.gethostname() or not (folder / "workers").is_dir():
+def is_alive(worker: Mapping[str, Any]) -> bool | None:
+    """Whether the worker lives; None where that cannot be told from here: on another machine, or without its folder."""
+    lock = Path(str(worker.get("lock")))
+    is_here = (worker.get("host"), worker.get("machine")) == (socket.gethostname(), _machine())
+    if not is_here or not lock.parent.is_dir():
         return None
     try:
-        with _lock_file(folder, str(worker.get("token"))).open() as handle:
+        with lock.open() as handle:
             # shared, so that two who ask at the same time do not take each other for the worker
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
@@ -60,5 +61,9 @@ def is_alive(worker: Mapping[str, Any], folder: Path) -> bool | None:
     return False
 
 
-def _lock_file(folder: Path, token: str) -> Path:
-    return folder / "workers" / f"{token}.lock"
+def _machine() -> str:
+    """Tells machines of the same host name apart, and a machine from what it was before it started anew."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:  # no Linux
+        return f"{uuid.getnode():x}"

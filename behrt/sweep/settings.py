@@ -18,6 +18,7 @@ from behrt.config import (
     EXPERIMENT_NAME,
     LORA_ONLY,
     SECTION_OF,
+    SECTIONS,
     SIZES,
     ExperimentSettings,
     Section,
@@ -27,7 +28,16 @@ from behrt.config import (
     nearest,
     read_experiment_file,
 )
-from behrt.sweep.space import PARAMETER_TYPES, CategoricalParameter, Parameter, Space, grid, plain
+from behrt.sweep.space import (
+    PARAMETER_TYPES,
+    CategoricalParameter,
+    IntParameter,
+    Parameter,
+    Space,
+    grid,
+    is_conditional,
+    plain,
+)
 
 Objective = Literal["val_loss", "val_accuracy"]
 
@@ -152,6 +162,9 @@ class Sweep:
         )
 
 
+DEEPEST = 20
+"""Keys within keys of a sweep file, after which an alias must refer to what it stands in."""
+
 Model = TypeVar("Model", bound=Section)
 Place = tuple[str, ...]
 
@@ -161,7 +174,11 @@ class _SweepFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.content = read_experiment_file(path)  # refuses what cannot be read, and what is no mapping
+        if not path.exists():
+            raise UserError(
+                f"{path}: no such sweep file{nearest(path.name, [p.name for p in path.parent.glob('*.yaml')])}"
+            )
+        self.content = read_experiment_file(path, expected="a sweep: space, settings, budget and so on")
         self.lines: dict[Place, int] = {}
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         if root is not None:
@@ -170,6 +187,10 @@ class _SweepFile:
     def _find_lines(self, node: yaml.Node, place: Place) -> None:
         if not isinstance(node, yaml.MappingNode):
             return
+        if len(place) > DEEPEST:
+            raise UserError(
+                f"{self.path}, line {node.start_mark.line + 1}: {place[0]}: refers to itself, or is too deep"
+            )
         for key, value in node.value:
             inner = (*place, str(key.value))
             if inner in self.lines:
@@ -220,7 +241,7 @@ def load_sweep(
         UserError: unknown keys, impossible ranges, settings that cannot be searched, values that a setting refuses.
     """
     flags = flags or {}
-    name = name or path.stem
+    name = path.stem if name is None else name
     if not EXPERIMENT_NAME.fullmatch(name):
         raise UserError(f"--study: {name!r} is no folder name; use letters, digits, '.', '_' and '-'")
     file = _SweepFile(path)
@@ -231,12 +252,16 @@ def load_sweep(
     for key in content:
         if key not in SweepSettings.model_fields:
             raise file.error((key,), f"unknown key{nearest(key, list(SweepSettings.model_fields))}")
+    if not content.get("space"):
+        raise file.error(("space",), "nothing to search; name a setting and its range")
     sections: dict[str, type[Section]] = {"sampler": SamplerSettings, "pruner": PrunerSettings, "budget": Budget}
     checked = {key: file.read(cls, content.get(key, {}), (key,)) for key, cls in sections.items()}
     settings = file.read(SweepSettings, {**content, **checked}, ())
     for key in (*settings.settings, *settings.space):
         if key not in SECTION_OF:
             place = "settings" if key in settings.settings else "space"
+            if key in SECTIONS:
+                raise file.error((place, key), "settings stand here without their sections: `lr: …`, not `training: …`")
             raise file.error((place, key), f"unknown setting{nearest(key, list(SECTION_OF))}")
     for key in settings.space:
         if key in flags:
@@ -244,8 +269,8 @@ def load_sweep(
             raise UserError(f"--{key.replace('_', '-')}: is searched by {path}, line {line}; leave one out")
         if key in NOT_SEARCHED:
             raise file.error(("space", key), f"{NOT_SEARCHED[key]}; set it under settings")
-    if not settings.space:
-        raise file.error(("space",), "nothing to search; name a setting and its range")
+        if key in settings.settings:
+            raise file.error(("settings", key), "is searched under space; leave one out")
     space = {key: _read_parameter(file, key, values) for key, values in settings.space.items()}
     base = _read_base(file, settings, flags)
     if "model_size" in space and base.model.max_position == "auto":
@@ -271,7 +296,7 @@ def load_sweep(
 
 def _read_parameter(file: _SweepFile, name: str, values: Any) -> Any:
     kind = values.get("type") if isinstance(values, dict) else None
-    if kind not in PARAMETER_TYPES:
+    if not isinstance(kind, str) or kind not in PARAMETER_TYPES:
         found = "" if kind is None else f", found {kind!r}"
         raise file.error(("space", name), f"expected type: {', '.join(PARAMETER_TYPES)}{found}")
     return file.read(PARAMETER_TYPES[kind], values, ("space", name))
@@ -280,26 +305,50 @@ def _read_parameter(file: _SweepFile, name: str, values: Any) -> Any:
 def _read_base(file: _SweepFile, settings: SweepSettings, flags: Mapping[str, Any]) -> ExperimentSettings:
     nested: dict[str, Any] = {}
     if settings.base is not None:
-        candidates = [Path("experiments") / settings.base, Path(settings.base), file.path.parent / settings.base]
+        beside = file.path.absolute().parent
+        candidates = [
+            Path("experiments") / settings.base,
+            Path(settings.base),
+            beside / settings.base,
+            beside.parent / "experiments" / settings.base,
+        ]
         found = [path / "experiment.yaml" if path.is_dir() else path for path in candidates if path.exists()]
         if not found:
             raise file.error(("base",), f"no experiment {settings.base}; looked for {candidates[0]}/experiment.yaml")
         nested = read_experiment_file(found[0])
         build_settings(nested, where=str(found[0]))
-    for key, value in settings.settings.items():
-        nested = lay_over(nested, {key: value})
-        try:
-            build_settings(nested)
-        except UserError as error:
-            raise file.error(("settings", key), _reason(error)) from None
+    _lay_over_checked(file, nested, settings.settings)
+    nested = lay_over(nested, settings.settings)
     return build_settings(lay_over(nested, flags), where="flags" if flags else str(file.path))
 
 
+def _lay_over_checked(file: _SweepFile, nested: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Names the first setting that cannot be laid over the base, if not all of them together can."""
+    try:
+        build_settings(lay_over(nested, values))
+        return
+    except UserError:
+        pass
+    for number, key in enumerate(values, start=1):
+        try:
+            build_settings(lay_over(nested, dict(list(values.items())[:number])))
+        except UserError as error:
+            raise file.error(("settings", key), _reason(error)) from None
+
+
 def _values(parameter: Any) -> dict[str, Any]:
-    """The values that a parameter must be able to take, by the key that names them."""
+    """The values that a parameter must be able to take, by the key that names them; of many, some."""
     if isinstance(parameter, CategoricalParameter):
         return {f"choices[{number}]": choice for number, choice in enumerate(parameter.choices)}
-    return {"low": parameter.low, "high": parameter.high}
+    ends = {"low": parameter.low, "high": parameter.high}
+    if isinstance(parameter, IntParameter):
+        between = range(parameter.low, parameter.high + 1, parameter.step)
+        return {**ends, **{str(value): value for value in between}} if len(between) <= MOST_VALUES_CHECKED else ends
+    golden = parameter.low + 0.382 * (parameter.high - parameter.low)  # not whole where both ends are
+    return {**ends, "between": golden if parameter.step is None else parameter.low + parameter.step}
+
+
+MOST_VALUES_CHECKED = 200
 
 
 def _check_values(file: _SweepFile, space: Space, base: ExperimentSettings) -> None:
@@ -311,11 +360,14 @@ def _check_values(file: _SweepFile, space: Space, base: ExperimentSettings) -> N
                 raise file.error(("space", name), "has no effect without LoRA; add use_lora: true under settings")
             lora = {"use_lora": True}
         for key, value in _values(parameter).items():
+            if name == "use_lora" and not isinstance(value, bool):
+                raise file.error(("space", name, key), f"expected true and false, without quotes (found {value!r})")
             flags = {**lora, name: value}
             try:
                 build_settings(lay_over(base.model_dump(mode="json"), flags)).model.config(vocab_size=1000)
             except UserError as error:
-                raise file.error(("space", name, key), _reason(error)) from None
+                hint = "; use type: int" if key == "between" and "integer" in str(error) else ""
+                raise file.error(("space", name, key), _reason(error) + hint) from None
 
 
 def _reason(error: UserError) -> str:
@@ -328,6 +380,11 @@ def _check_sampler(file: _SweepFile, sampler: SamplerSettings, space: Space, bud
     if sampler.name == "cmaes" and categorical:
         raise file.error(("sampler",), f"cmaes cannot search choices ({categorical[0]}); use tpe")
     if sampler.name == "grid":
+        conditional = next((name for name in space if is_conditional(name, space)), None)
+        if conditional is not None:
+            raise file.error(
+                ("space", conditional), "a grid would repeat trials without LoRA; make two sweeps, or use tpe"
+            )
         try:
             points = grid(space)
         except ValueError as error:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from behrt.config import LORA_ONLY, Section
 
@@ -51,10 +51,24 @@ class CategoricalParameter(Section):
     """One of several values."""
 
     type: Literal["categorical"]
-    choices: tuple[bool | int | float | str, ...] = Field(min_length=2)
+    choices: tuple[bool | int | float | str, ...]
+
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _are_single_values(cls, value: Any) -> Any:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError("expected a list of values")
+        for choice in value:
+            if not isinstance(choice, (bool, int, float, str)):
+                raise ValueError(
+                    f'a choice is one value; several names go into one text, "query,value"; found {choice}'
+                )
+        return value
 
     @model_validator(mode="after")
     def _differ(self) -> Self:
+        if len(self.choices) < 2:
+            raise ValueError("name at least two choices")
         if len({(type(choice), choice) for choice in self.choices}) < len(self.choices):
             raise ValueError("a choice stands there twice")
         return self

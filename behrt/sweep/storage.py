@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 
 class StorageLost(UserError):
-    """The storage has not answered for `PATIENCE_SECONDS`. Nobody's trial is to blame."""
+    """The storage does not answer, or only with errors. Nobody's trial is to blame."""
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Storage:
             call: may be called again from its beginning, wherever it was broken off.
 
         Raises:
-            StorageLost: it stayed away.
+            StorageLost: it stayed away, or fails in a way that waiting does not mend.
         """
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
@@ -89,7 +89,7 @@ class Storage:
                 return call()
             except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.DBAPIError) as error:
                 if not _may_pass(error):
-                    raise
+                    raise StorageLost(f"{shown_url(self.url)}: {_reason(error, self.url)}") from error
                 if time.monotonic() > deadline:
                     raise StorageLost(
                         f"{shown_url(self.url)}: no answer for {PATIENCE_SECONDS} s: {_reason(error, self.url)}; "
@@ -109,6 +109,8 @@ def shown_url(url: str) -> str:
     try:
         parsed = sqlalchemy.make_url(url)
     except (sqlalchemy.exc.ArgumentError, ValueError):
+        return re.sub(r"(?<=://)[^/]*@", "***@", url)
+    if "@" in (parsed.host or ""):  # of a password that was not written as a URL wants it
         return re.sub(r"(?<=://)[^/]*@", "***@", url)
     query = {key: "***" if "password" in key.lower() else value for key, value in parsed.query.items()}
     return parsed.set(query=query).render_as_string(hide_password=True).replace("%2A%2A%2A", "***")
@@ -137,6 +139,8 @@ def open_storage(
         raise UserError(
             f"--storage: {shown_url(url or '')!r} is no URL; expected sqlite:///PATH or postgresql://USER@HOST/DATABASE"
         ) from None
+    if "@" in (parsed.host or ""):
+        raise UserError(f"--storage: {shown_url(str(url))}: write @ in a password as %40, / as %2F, : as %3A")
     backend = parsed.get_backend_name()
     if backend == "sqlite":
         return _open_sqlite(parsed, create, heartbeat_seconds, grace_seconds)
@@ -155,6 +159,8 @@ def _open_sqlite(url: URL, create: bool, heartbeat_seconds: int, grace_seconds: 
     url = url.set(drivername="sqlite", database=str(path))
     if not create and not path.exists():
         raise UserError(f"{path}: no such storage; give --storage, or start the study with `behrt sweep run`")
+    if not path.parent.exists() and path != Path(sqlalchemy.make_url(default_url()).database or ""):
+        raise UserError(f"--storage: {path.parent}: no such folder; make it, or correct the path")
     # the default of 5 s is short where many processes write
     engine_options: dict[str, object] = {"connect_args": {"timeout": PATIENCE_SECONDS}}
 

@@ -12,10 +12,9 @@ import gc
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Any, Self
 
@@ -24,7 +23,7 @@ from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 
 from behrt.config import UserError, nearest
 from behrt.sweep.definitions import first_difference
-from behrt.sweep.samplers import make_pruner, make_sampler
+from behrt.sweep.samplers import make_pruner, make_sampler, resolve_pruner
 from behrt.sweep.settings import Budget, Sweep
 from behrt.sweep.space import suggest
 from behrt.sweep.storage import Storage, shown_url
@@ -32,12 +31,15 @@ from behrt.sweep.trials import (
     DIED,
     ENDED,
     IDLE_ATTEMPTS,
+    PARENT_RUN_ID,
     REFUSED,
     RETRY_OF,
     WORKER,
     Tally,
     TrialRecord,
     TrialState,
+    in_order_of_their_ends,
+    params_of,
     tally,
     trial_record,
 )
@@ -46,6 +48,8 @@ log = logging.getLogger(__name__)
 
 DEFINITION = "definition"
 BUDGET = "budget"
+PRUNER = "pruner"
+"""What `auto` became when the study was begun; asked for more trials, it prunes no other way."""
 
 TRIALS_WITHOUT_HOPE = 5
 """A study whose first trials, this many, ended alike without a result is not worth another one."""
@@ -103,23 +107,25 @@ class SweepStudy:
                 storage=storage.rdb,
                 study_name=sweep.name,
                 direction=sweep.direction,
-                pruner=make_pruner(sweep),
                 load_if_exists=True,
             )
-            attributes = study.user_attrs
+            attributes, has_trials = study.user_attrs, bool(study.get_trials(deepcopy=False))
             here = sweep.definition()
-            if DEFINITION in attributes:
-                difference = first_difference(attributes[DEFINITION], here)
-                if difference is not None:
-                    raise UserError(
-                        f"--study {sweep.name}: was begun with another definition: {difference}; "
-                        "name a new study with --study, or restore the file"
-                    )
-            elif study.get_trials(deepcopy=False):
+            difference = first_difference(attributes.get(DEFINITION, {}), here)
+            if has_trials and DEFINITION not in attributes:
                 raise _foreign(sweep.name, storage)
-            else:
+            if has_trials and difference is not None:
+                raise UserError(
+                    f"--study {sweep.name}: was begun with another definition: {difference}; "
+                    "name a new study with --study, or restore file and flags"
+                )
+            if difference is not None:  # a new study, or one that has come to nothing yet
                 study.set_user_attr(DEFINITION, here)
+                study.set_user_attr(PARENT_RUN_ID, None)
+            sweep = _with_one_pruner(sweep, None if difference is not None else attributes.get(PRUNER))
+            study.set_user_attr(PRUNER, sweep.pruner.name)
             study.set_user_attr(BUDGET, sweep.budget.model_dump(mode="json"))
+            study.pruner = make_pruner(sweep)
             return cls(sweep, study, storage)
 
     @classmethod
@@ -141,6 +147,7 @@ class SweepStudy:
         if DEFINITION not in attributes or BUDGET not in attributes:
             raise _foreign(name, storage)
         sweep = Sweep.from_definition(name, attributes[DEFINITION], Budget(**attributes[BUDGET]))
+        sweep = _with_one_pruner(sweep, attributes.get(PRUNER))
         study.pruner = make_pruner(sweep)
         return cls(sweep, study, storage)
 
@@ -195,7 +202,8 @@ class SweepStudy:
             budget = self.sweep.budget
             if counts.finished >= budget.trials:
                 return Done(f"all {budget.trials} trials")
-            if budget.total_epochs is not None and counts.trained_epochs >= budget.total_epochs:
+            is_trained_enough = budget.total_epochs is not None and counts.trained_epochs >= budget.total_epochs
+            if is_trained_enough and not counts.waiting:  # one that was lost in the middle is still finished
                 return Done(f"all {budget.total_epochs} epochs")
             if counts.finished + counts.running >= budget.trials:
                 return Wait()
@@ -261,13 +269,8 @@ class SweepStudy:
         counts = tally(records.values())
         room = self.sweep.budget.trials - counts.finished - counts.running - counts.waiting
         for lost in counts.to_retry[: max(0, room)]:
-            params: dict[str, Any] = {}
-            attempt: TrialRecord | None = lost
-            while attempt is not None:  # a retry that was lost before it was under way may have drawn none of them
-                params = {**attempt.params, **params}
-                attempt = None if attempt.retry_of is None else records[attempt.retry_of]
             attributes = {RETRY_OF: lost.number, IDLE_ATTEMPTS: lost.idle_attempts_after}
-            self.study.enqueue_trial(params, user_attrs=attributes)
+            self.study.enqueue_trial(params_of(records, lost.number), user_attrs=attributes)
             log.info("trial %d was lost after %d epochs and is tried again", lost.number, lost.epochs)
 
     @contextmanager
@@ -344,10 +347,14 @@ class SweepStudy:
         """How far the study has come."""
         return tally(self.records())
 
-    def hopeless(self) -> str | None:
-        """Why no further trial is worth beginning, if the first ones all ended alike without a result; else None."""
-        finished = sorted(
-            tally(self.records()).finished_records, key=lambda record: (record.finished or datetime.min, record.number)
+    def hopeless(self, *, but: Collection[int] = ()) -> str | None:
+        """Why no further trial is worth beginning, if the first ones all ended alike without a result; else None.
+
+        Args:
+            but: numbers of trials that do not count, as of those before somebody mended what was wrong.
+        """
+        finished = in_order_of_their_ends(
+            record for record in tally(self.records()).finished_records if record.number not in but
         )
         first = finished[:TRIALS_WITHOUT_HOPE]
         ended = {record.ended or DIED for record in first}
@@ -366,6 +373,13 @@ class SweepStudy:
             study_id = rdb.get_study_id_from_name(self.sweep.name)
             self._trial_ids[number] = rdb.get_trial_id_from_study_id_trial_number(study_id, number)
         return self._trial_ids[number]
+
+
+def _with_one_pruner(sweep: Sweep, name: str | None) -> Sweep:
+    """The sweep with the pruner that `auto` stands for, or that it stood for when the study was begun."""
+    if name is None:
+        name = resolve_pruner(sweep.pruner, trials=sweep.budget.trials, epochs=sweep.base.training.epochs)
+    return replace(sweep, pruner=sweep.pruner.model_copy(update={"name": name}))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from behrt.config import EXPERIMENT_NAME, UserError, experiment_yaml
 from behrt.files import write_text
 from behrt.history import finite
 from behrt.sweep.study import SweepStudy
-from behrt.sweep.trials import PARENT_RUN_ID, Tally, TrialRecord, TrialState, tally
+from behrt.sweep.trials import PARENT_RUN_ID, Tally, TrialRecord, TrialState, best_trial, tally
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class StudySummary:
     """A study at one moment.
 
     Attributes:
-        best: the best complete trial; what a pruned one had reached is no result.
+        best: the best complete trial.
         replaced_by: number of the trial that continues a lost one.
     """
 
@@ -36,8 +36,6 @@ class StudySummary:
     def of(cls, study: SweepStudy) -> StudySummary:
         """The study as its storage has it now."""
         records, sweep = study.records(), study.sweep
-        sign = 1 if sweep.direction == "minimize" else -1
-        complete = [record for record in records if record.state is TrialState.COMPLETE]
         return cls(
             name=sweep.name,
             objective=sweep.objective,
@@ -45,7 +43,7 @@ class StudySummary:
             epochs_each=sweep.base.training.epochs,
             records=records,
             tally=tally(records),
-            best=min(complete, key=lambda record: sign * (record.best or 0.0), default=None),
+            best=best_trial(records, sweep.direction),
             replaced_by={record.retry_of: record.number for record in records if record.retry_of is not None},
             parent_run_id=study.noted(PARENT_RUN_ID),
         )

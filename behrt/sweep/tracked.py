@@ -7,9 +7,8 @@ from the study's storage; telling it again changes nothing.
 from __future__ import annotations
 
 from behrt.run_report import STATUS_OF_OUTCOME, TrialOutcome
-from behrt.sweep.samplers import resolve_pruner
 from behrt.sweep.settings import Sweep
-from behrt.sweep.trials import TrialRecord, TrialState, tally
+from behrt.sweep.trials import TrialRecord, TrialState, in_order_of_their_ends, tally
 from behrt.tracking import TrackedRun
 
 BEST_VALUE = {"val_loss": "best_val_loss", "val_accuracy": "best_val_accuracy"}
@@ -28,7 +27,7 @@ def begin_study_run(sweep: Sweep) -> str:
         **{f"base.{name}": value for name, value in sweep.base.flat().items()},
         **{f"space.{name}": parameter.model_dump(mode="json") for name, parameter in sweep.space.items()},
         "sampler": sweep.sampler.name,
-        "pruner": resolve_pruner(sweep.pruner, trials=sweep.budget.trials, epochs=sweep.base.training.epochs),
+        "pruner": sweep.pruner.name,
         "seed": sweep.seed,
         "objective": sweep.objective,
         "budget": sweep.budget.model_dump(mode="json", exclude_none=True),
@@ -45,9 +44,7 @@ def begin_study_run(sweep: Sweep) -> str:
 
 def improvements(records: list[TrialRecord], *, minimize: bool) -> dict[int, float]:
     """The best value so far, by the number of trials that had finished when it was found."""
-    finished = sorted(
-        tally(records).finished_records, key=lambda record: (record.finished is None, record.finished, record.number)
-    )
+    finished = in_order_of_their_ends(tally(records).finished_records)
     found: dict[int, float] = {}
     best: float | None = None
     for step, record in enumerate(finished, start=1):

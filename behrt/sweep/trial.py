@@ -8,25 +8,29 @@ pruning is the study's; both are recorded as what they are.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
+from safetensors import SafetensorError
 
 from behrt.checkpoints import OPTIMIZER_FILE
-from behrt.config import UserError
-from behrt.history import EpochRecord, RunFolder
+from behrt.config import ExperimentSettings, UserError
+from behrt.history import EpochRecord, RunFolder, read_run
 from behrt.pretrain import pretrain
 from behrt.records import RecordsCache
+from behrt.resume import find_attempt
 from behrt.run_report import Listener, RunResult, RunStart, StudyTrial
 from behrt.sweep.space import suggest
+from behrt.sweep.stopper import Stopper
+from behrt.sweep.storage import StorageLost
 from behrt.sweep.study import Report, SweepStudy
 from behrt.sweep.trials import (
     ALL_EPOCHS,
     BEST_EPOCH,
     CONTINUED_FROM,
+    ERROR,
     FOLDER,
     INTERRUPTED,
     OUT_OF_MEMORY,
@@ -35,9 +39,10 @@ from behrt.sweep.trials import (
     PRUNED,
     RUN_ID,
     SEED,
-    TrialRecord,
     TrialState,
+    attempts,
 )
+from behrt.tracking import StoreUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +54,10 @@ class TakenOver(Exception):
 class TrialListener(Listener):
     """Tells the study what becomes of the run."""
 
-    def __init__(self, study: SweepStudy, trial: optuna.Trial) -> None:
+    def __init__(self, study: SweepStudy, trial: optuna.Trial, stopper: Stopper) -> None:
         self._study = study
         self._trial = trial
+        self._stopper = stopper
         self._report = Report.KEEP
 
     def started(self, start: RunStart) -> None:
@@ -71,6 +77,9 @@ class TrialListener(Listener):
     def prunes(self) -> bool:
         return self._report is Report.PRUNE
 
+    def ending(self) -> None:
+        self._stopper.hold()
+
 
 def run_trial(
     study: SweepStudy,
@@ -78,46 +87,56 @@ def run_trial(
     *,
     folder: Path,
     records_cache: RecordsCache,
-    interrupting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    stopper: Stopper,
 ) -> None:
     """Trains the trial and tells the study what came of it.
 
     Args:
         folder: the study's folder; the trial's own is below it.
-        interrupting: where a signal may raise `KeyboardInterrupt`: around the training, not around what is told.
+        stopper: raises `KeyboardInterrupt` on a signal, around the training alone.
 
     Raises:
         KeyboardInterrupt: passed on, after the study was told that the trial is to be continued.
+        UserError: the trial is to be continued, too: storage, tracking store or disk do not serve, and would not serve
+            the next trial either.
     """
     try:
         settings = study.sweep.trial_settings(suggest(trial, study.sweep.space))
-        trial_folder = folder / "trials" / f"{trial.number:04d}"
+        trial_folder = folder.absolute() / "trials" / f"{trial.number:04d}"
         study.set_attributes(trial, {FOLDER: str(trial_folder), SEED: settings.training.seed})
-        continue_from = _folder_to_continue(study, trial)
-        with interrupting():
+        continue_from = _folder_to_continue(study, trial, settings)
+        with stopper.interrupting():
             result = pretrain(
                 settings,
                 experiment=study.sweep.name,
                 folder=trial_folder,
-                listener=TrialListener(study, trial),
+                listener=TrialListener(study, trial, stopper),
                 records_cache=records_cache,
                 trial=StudyTrial(study_run_id=study.noted(PARENT_RUN_ID), number=trial.number),
                 continue_from=continue_from,
             )
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, StorageLost, StoreUnavailable):
         study.tell(trial, TrialState.FAILED, None, ended=INTERRUPTED)
         raise
+    except (OSError, SafetensorError) as error:  # the disk is full, above all
+        study.tell(trial, TrialState.FAILED, None, ended=INTERRUPTED)
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise UserError(
+            f"{folder}: cannot be written to: {reason or error}; run the same command again then"
+        ) from error
     except TakenOver:
         log.warning("trial %d: another worker continues it; what this one trained is dropped", trial.number)
     except UserError as error:
-        study.tell(trial, TrialState.FAILED, None, ended=f"error: {error}")
+        study.tell(trial, TrialState.FAILED, None, ended=f"{ERROR}{error}")
     except Exception as error:
         log.exception("trial %d failed", trial.number)
-        study.tell(trial, TrialState.FAILED, None, ended=f"error: {type(error).__name__}")
+        study.tell(trial, TrialState.FAILED, None, ended=f"{ERROR}{type(error).__name__}")
     else:
         attributes: dict[str, Any] = {} if result.best is None else {BEST_EPOCH: result.best.epoch}
         value = getattr(result.best, study.sweep.objective) if result.outcome == "COMPLETE" else None
         study.tell(trial, TrialState(result.outcome), value, ended=why_it_ended(result), **attributes)
+        # not before: a worker that dies on the way leaves a trial that can go on
+        (RunFolder(trial_folder).checkpoints / "last" / OPTIMIZER_FILE).unlink(missing_ok=True)
 
 
 def why_it_ended(result: RunResult) -> str:
@@ -132,15 +151,16 @@ def why_it_ended(result: RunResult) -> str:
     return PATIENCE if result.stopped_early else ALL_EPOCHS
 
 
-def _folder_to_continue(study: SweepStudy, trial: optuna.Trial) -> Path | None:
+def _folder_to_continue(study: SweepStudy, trial: optuna.Trial, settings: ExperimentSettings) -> Path | None:
     """The folder of the latest attempt that left a state to go on from, of those that this trial continues."""
-    records: Mapping[int, TrialRecord] = {record.number: record for record in study.records()}
-    former = records[trial.number].retry_of
-    while former is not None:
-        record = records[former]
-        if record.folder is not None:
-            left = RunFolder(Path(record.folder))
-            if (left.checkpoints / "last" / OPTIMIZER_FILE).exists():
-                return left.path
-        former = record.retry_of
+    records = {record.number: record for record in study.records()}
+    for record in attempts(records, trial.number):
+        if record.number == trial.number or record.folder is None:
+            continue
+        folder = Path(record.folder)
+        try:
+            if find_attempt(folder, settings) is not None and read_run(folder)["run_id"] == record.run_id:
+                return folder
+        except UserError as error:  # a damaged one, as of a worker that died while it wrote; an earlier one may do
+            log.warning("trial %d does not go on from trial %d: %s", trial.number, record.number, error)
     return None

@@ -8,7 +8,7 @@ of its own (a signal, a dead worker) is tried again by a trial of another number
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -29,6 +29,8 @@ CONTINUED_FROM = "continued_from"
 
 # user attributes of a study
 PARENT_RUN_ID = "parent_run_id"
+STUDY_ID = "study_id"
+RECORDS_DIGEST = "records_digest"
 
 # why a trial ended; beside these "refused: RULE", "lost: RULE" and "error: NAME"
 ALL_EPOCHS = "all epochs"
@@ -53,6 +55,10 @@ class TrialState(StrEnum):
     COMPLETE = "COMPLETE"
     PRUNED = "PRUNED"
     FAILED = "FAILED"
+
+    @property
+    def has_ended(self) -> bool:
+        return self not in (TrialState.WAITING, TrialState.RUNNING)
 
     @property
     def in_optuna(self) -> optuna.trial.TrialState:
@@ -107,13 +113,15 @@ class TrialRecord:
 
     @property
     def idle_attempts_after(self) -> int:
-        """`idle_attempts` of the trial that would continue this one."""
-        return 0 if self.trained_epochs else self.idle_attempts + 1
+        """`idle_attempts` of the trial that would continue this one; to be stopped is not to fail."""
+        if self.trained_epochs:
+            return 0
+        return self.idle_attempts + (self.ended != INTERRUPTED)
 
     @property
     def is_given_up(self) -> bool:
         """It was lost once too often without having got any further."""
-        return self.is_lost and self.idle_attempts_after >= MAX_IDLE_ATTEMPTS
+        return self.is_lost and self.ended != INTERRUPTED and self.idle_attempts_after >= MAX_IDLE_ATTEMPTS
 
 
 def trial_record(trial: optuna.trial.FrozenTrial, direction: str) -> TrialRecord:
@@ -199,5 +207,32 @@ def tally(records: Iterable[TrialRecord]) -> Tally:
         replaced=len(replaced),
         trained_epochs=sum(record.trained_epochs for record in ordered),
         to_retry=to_retry,
-        finished_records=[r for r in counted if r.state not in (TrialState.WAITING, TrialState.RUNNING)],
+        finished_records=[record for record in counted if record.state.has_ended],
     )
+
+
+def attempts(records: Mapping[int, TrialRecord], number: int) -> Iterator[TrialRecord]:
+    """The trial of that number, the one that it continues, and so on to the first attempt."""
+    at: int | None = number
+    while at is not None:
+        yield records[at]
+        at = records[at].retry_of
+
+
+def params_of(records: Mapping[int, TrialRecord], number: int) -> dict[str, Any]:
+    """The parameters of a trial; what an attempt had not drawn before it was lost, an earlier one had."""
+    params: dict[str, Any] = {}
+    for record in attempts(records, number):
+        params = {**record.params, **params}
+    return params
+
+
+def best_trial(records: Iterable[TrialRecord], direction: str) -> TrialRecord | None:
+    """The best complete trial; what a pruned one had reached is no result."""
+    complete = [record for record in records if record.state is TrialState.COMPLETE and record.best is not None]
+    sign = 1 if direction == "minimize" else -1
+    return min(complete, key=lambda record: sign * (record.best or 0.0), default=None)
+
+
+def in_order_of_their_ends(records: Iterable[TrialRecord]) -> list[TrialRecord]:
+    return sorted(records, key=lambda record: (record.finished or datetime.min, record.number))

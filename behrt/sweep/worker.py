@@ -14,16 +14,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 from behrt.config import UserError
 from behrt.sweep.liveness import WorkerToken, is_alive
+from behrt.sweep.stopper import Stopper
 from behrt.sweep.storage import open_storage
 from behrt.sweep.study import Done, SweepStudy, Wait
+from behrt.sweep.trials import RECORDS_DIGEST
 
 log = logging.getLogger(__name__)
 
@@ -55,35 +54,6 @@ class Job:
     deadline: float | None
 
 
-class Stopper:
-    """Turns the first SIGINT or SIGTERM into a `KeyboardInterrupt` where a trial is trained; elsewhere only notes it.
-
-    So a trial ends within a step, and no sentence to the study is cut off in the middle.
-    """
-
-    def __init__(self) -> None:
-        self.is_asked = False
-        self._interrupts = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._stop)
-
-    def _stop(self, signal_number: int, frame: object) -> None:
-        was_asked, self.is_asked = self.is_asked, True
-        if self._interrupts and not was_asked:
-            raise KeyboardInterrupt
-
-    @contextmanager
-    def interrupting(self) -> Iterator[None]:
-        """Where a `KeyboardInterrupt` may be raised."""
-        self._interrupts = True
-        try:
-            if self.is_asked:
-                raise KeyboardInterrupt
-            yield
-        finally:
-            self._interrupts = False
-
-
 def work(job: Job, stopper: Stopper) -> int:
     """Trains trials until there are no more; the exit code of the process."""
     import torch
@@ -97,21 +67,25 @@ def work(job: Job, stopper: Stopper) -> int:
     folder = Path(job.folder)
     study = SweepStudy.open(job.study, open_storage(job.url, create=False))
     records_cache = RecordsCache()
-    records_cache.select(
-        study.sweep.base
-    )  # before the first trial is claimed: records that cannot be used cost no trial
+    # before the first trial is claimed: records that cannot be used cost none
+    records = records_cache.select(study.sweep.base)
+    if study.note_once(RECORDS_DIGEST, lambda: records.data.digest) != records.data.digest:
+        raise UserError(
+            f"{records.data.folder}: holds other records than those that the study {job.study} was begun with, and "
+            "losses would not compare; name a new study with --study"
+        )
     with WorkerToken(folder) as token:
         while not stopper.is_asked:
             if job.deadline is not None and time.time() > job.deadline:
                 return EXIT_DONE
-            claim = study.claim(token.worker, is_alive=partial(is_alive, folder=folder))
+            claim = study.claim(token.worker, is_alive=is_alive)
             if isinstance(claim, Done):
                 return EXIT_DONE
             if isinstance(claim, Wait):
                 time.sleep(SECONDS_BETWEEN_CLAIMS)
                 continue
             with study.heartbeat(claim):
-                run_trial(study, claim, folder=folder, records_cache=records_cache, interrupting=stopper.interrupting)
+                run_trial(study, claim, folder=folder, records_cache=records_cache, stopper=stopper)
     return EXIT_STOPPED
 
 
