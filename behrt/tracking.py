@@ -228,9 +228,9 @@ class TrackedRun:
         files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
         with self._tolerated():
             for file in files:
-                inside = "" if file == path else str(file.parent.relative_to(path))
+                place = PurePosixPath(under or "", file.relative_to(path).parent)
                 if file.name != leave_out:
-                    self._client.log_artifact(self.run_id, str(file), str(PurePosixPath(under or "", inside)))
+                    self._client.log_artifact(self.run_id, str(file), None if str(place) == "." else str(place))
 
     def log_text(self, text: str, name: str) -> None:
         """A small text file at the top of the artifacts."""

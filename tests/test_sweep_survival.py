@@ -53,10 +53,9 @@ def assert_every_epoch_once(root: Path) -> None:
             assert epochs_in_mlflow(root, trial) == sorted(trial.intermediate_values)
         if trial.user_attrs.get("continued_from"):
             former = by_number[trial.user_attrs["retry_of"]]
-            taken = {
-                epoch: trial.intermediate_values[epoch] for epoch in range(1, trial.user_attrs["continued_from"] + 1)
-            }
-            assert taken.items() <= former.intermediate_values.items()
+            # killed between checkpoint and report, a worker leaves an epoch of which the study has not heard
+            assert trial.user_attrs["continued_from"] - len(former.intermediate_values) in (0, 1)
+            assert former.intermediate_values.items() <= trial.intermediate_values.items()
 
 
 def test_a_killed_workers_trial_is_continued_and_counted_once(tmp_path: Path, prepared: Path) -> None:
