@@ -80,6 +80,12 @@ def test_the_shipped_regularization_searches_what_it_is_for() -> None:
             2,
             "without quotes",
         ),
+        (
+            "dropout: {type: float, low: 0.0, high: 0.5}\n  lr:",
+            "lora_rank: {type: int, low: 2, high: 200}\n  use_lora: {type: categorical, choices: [true, false]}\n  lr:",
+            2,
+            "above 128",
+        ),
         ("epochs: 20", "lr: 0.1", 5, "is searched under space"),
         ("epochs: 20", "training: {epochs: 20}", 5, "without their sections"),
         ("type: float, low: 0.0, high: 0.5", "type: categorical, choices: [0.1, 7]", 2, "less than 1"),

@@ -364,10 +364,12 @@ def _check_values(file: _SweepFile, space: Space, base: ExperimentSettings) -> N
                 raise file.error(("space", name, key), f"expected true and false, without quotes (found {value!r})")
             flags = {**lora, name: value}
             try:
-                build_settings(lay_over(base.model_dump(mode="json"), flags)).model.config(vocab_size=1000)
+                config = build_settings(lay_over(base.model_dump(mode="json"), flags)).model.config(vocab_size=1000)
             except UserError as error:
                 hint = "; use type: int" if key == "between" and "integer" in str(error) else ""
                 raise file.error(("space", name, key), _reason(error) + hint) from None
+            if name == "lora_rank" and value > config.hidden_dim and "hidden_dim" not in space:
+                raise file.error(("space", name, key), f"a rank above {config.hidden_dim}, the width of the layers")
 
 
 def _reason(error: UserError) -> str:
