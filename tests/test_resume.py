@@ -92,3 +92,22 @@ def test_an_attempt_with_other_settings_is_refused(workspace: Workspace, tmp_pat
 def test_a_finished_run_leaves_nothing_to_go_on_with(workspace: Workspace) -> None:
     settings = load_experiment(workspace.full / "logs" / "settings.yaml")
     assert find_attempt(workspace.full, settings) is None
+
+
+class Prunes(Listener):
+    """Finds that no epoch is worth another one."""
+
+    def prunes(self) -> bool:
+        return True
+
+
+def test_a_run_whose_last_epoch_was_not_worth_another_one_does_not_get_it_by_going_on(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    settings = settings_of(workspace)
+    with chdir(tmp_path):
+        cut_off(settings, Path("cut"))
+        result = pretrain(settings, experiment="cut", folder=Path("rest"), continue_from=Path("cut"), listener=Prunes())
+    assert result.pruned
+    assert result.last is not None
+    assert result.last.epoch == 2

@@ -33,12 +33,12 @@ class Trials:
         self.study.note_once(PARENT_RUN_ID, lambda: begin_study_run(sweep))
         self.cache = RecordsCache()
 
-    def train(self) -> optuna.Trial:
+    def train(self, stopper: Stopper | None = None) -> optuna.Trial:
         with WorkerToken(Path("sweeps/s")) as token:
             trial = self.study.claim(token.worker, is_alive=lambda worker: False)
             assert not isinstance(trial, Wait | Done)
-            folder = Path("sweeps/s")
-            run_trial(self.study, trial, folder=folder, records_cache=self.cache, stopper=Stopper(listens=False))
+            stopper = stopper or Stopper(listens=False)
+            run_trial(self.study, trial, folder=Path("sweeps/s"), records_cache=self.cache, stopper=stopper)
         return trial
 
     def ended(self) -> list[tuple[str, str | None, int]]:
@@ -134,3 +134,18 @@ def test_a_run_that_had_no_time_for_its_parameters_is_settled(trials: Trials, mo
     assert [trial.status for trial in parent.trials()] == ["RUNNING"]
     settle_trials(parent, trials.study.records())
     assert [(trial.status, trial.state) for trial in parent.trials()] == [("FAILED", "FAILED")]
+
+
+def test_a_signal_after_the_last_epoch_does_not_cut_off_what_is_kept(
+    trials: Trials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopper, whole = Stopper(listens=False), TrackedRun.finish
+
+    def finish(run: TrackedRun, status: Any) -> None:
+        stopper._stop(2, None)
+        whole(run, status)
+
+    monkeypatch.setattr(TrackedRun, "finish", finish)
+    trials.train(stopper)
+    assert stopper.is_asked
+    assert trials.ended() == [("COMPLETE", "all epochs", 0)]
