@@ -75,8 +75,8 @@ def until(holds: Callable[[], bool], *, seconds: float = 120) -> None:
         time.sleep(0.3)
 
 
-def kill(pid: int) -> None:
-    subprocess.run(["kill", f"-{signal.SIGKILL.value}", str(pid)], check=True)
+def kill(pid: int, by: signal.Signals = signal.SIGKILL) -> None:
+    subprocess.run(["kill", f"-{by.value}", str(pid)], check=True)
 
 
 def trials_of(root: Path, study: str) -> list[optuna.trial.FrozenTrial]:

@@ -190,6 +190,14 @@ def test_a_reaper_that_dies_before_it_puts_a_trial_back_loses_nothing(tmp_path: 
     assert claimed(begin(tmp_path)).params == lost.params
 
 
+def test_a_lost_trial_that_is_not_asked_for_any_more_is_not_put_back(tmp_path: Path) -> None:
+    train_all(begin(tmp_path, budget=Budget(trials=2)))
+    claimed(begin(tmp_path, budget=Budget(trials=3)))
+    study = begin(tmp_path, budget=Budget(trials=2))
+    study.reap(nobody_lives)
+    assert states(study) == ["COMPLETE", "COMPLETE", "FAILED"]
+
+
 def test_a_retry_of_a_retry_has_the_parameters_of_the_first(tmp_path: Path) -> None:
     study = begin(tmp_path)
     first = claimed(study)

@@ -1,7 +1,9 @@
 """Is anything lost, begun twice or left running when processes of a study die, are stopped, or start all at once?"""
 
+import signal
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, chdir, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -10,7 +12,10 @@ import optuna
 import pytest
 
 from behrt.cli import main
+from behrt.sweep.liveness import WorkerToken
+from behrt.sweep.settings import Budget
 from behrt.sweep.storage import Storage, open_storage
+from behrt.sweep.study import SweepStudy
 from behrt.sweep.trials import tally, trial_record
 
 from .postgres_server import PASSWORD, PostgresServer
@@ -73,6 +78,28 @@ def test_a_killed_workers_trial_is_continued_and_counted_once(tmp_path: Path, pr
     assert retry.user_attrs["retry_of"] == lost[0].number
     assert_every_epoch_once(tmp_path)
     assert_optuna_and_mlflow_agree(tmp_path, "s")
+
+
+def test_a_worker_that_is_stopped_by_itself_is_replaced(tmp_path: Path, prepared: Path) -> None:
+    write_sweep(tmp_path / "s.yaml", prepared, settings={"epochs": 6}, budget={"trials": 1})
+    run = start(tmp_path, "sweep", "run", "s.yaml")
+    until(an_epoch_was_trained(tmp_path, epochs=1))
+    kill(children_of(run)[0], signal.SIGTERM)
+    ended(run)
+    assert [trial.state.name for trial in trials_of(tmp_path, "s")] == ["FAIL", "COMPLETE"]
+    assert_optuna_and_mlflow_agree(tmp_path, "s")
+
+
+def test_a_dead_workers_trial_does_not_stay_running_where_no_more_are_asked_for(tmp_path: Path, prepared: Path) -> None:
+    write_sweep(tmp_path / "s.yaml", prepared, settings={"epochs": 1}, budget={"trials": 1})
+    behrt(tmp_path, "sweep", "run", "s.yaml")
+    with chdir(tmp_path):
+        study = SweepStudy.open("s", open_storage(None))
+        study = SweepStudy.begin(replace(study.sweep, budget=Budget(trials=2)), study.storage)
+        with WorkerToken(Path("sweeps/s")) as token:
+            study.claim(token.worker, is_alive=lambda worker: True)
+    behrt(tmp_path, "sweep", "run", "s.yaml", "--trials", "1")
+    assert [trial.state.name for trial in trials_of(tmp_path, "s")] == ["COMPLETE", "FAIL"]
 
 
 def test_ctrl_c_keeps_what_was_trained_and_the_same_command_goes_on(tmp_path: Path, prepared: Path) -> None:
@@ -147,10 +174,8 @@ def test_a_trial_that_runs_out_of_memory_fails_alone(
 
     from behrt import pretrain
     from behrt.records import RecordsCache
-    from behrt.sweep.liveness import WorkerToken
     from behrt.sweep.settings import load_sweep
     from behrt.sweep.stopper import Stopper
-    from behrt.sweep.study import SweepStudy
     from behrt.sweep.tracked import begin_study_run
     from behrt.sweep.trial import run_trial
     from behrt.sweep.trials import PARENT_RUN_ID

@@ -1,5 +1,6 @@
 """Is a trial that could not be trained through no fault of its own continued, from where it stood?"""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from mlflow import MlflowClient
 
 from behrt import pretrain as recipe
 from behrt.config import UserError
-from behrt.history import read_history
+from behrt.files import write_json
+from behrt.history import read_history, read_run
 from behrt.records import RecordsCache
 from behrt.sweep.liveness import WorkerToken
 from behrt.sweep.settings import load_sweep
@@ -95,7 +97,18 @@ def test_a_trial_whose_worker_dies_before_it_can_tell_the_end_is_not_trained_aga
     assert not list(folders[1].rglob("optimizer.safetensors"))
 
 
-def test_an_attempt_that_left_damaged_files_is_passed_over(trials: Trials, monkeypatch: pytest.MonkeyPatch) -> None:
+def without_history(folder: Path) -> None:
+    (folder / "logs" / "metrics_history.json").unlink()
+
+
+def of_another_run(folder: Path) -> None:
+    write_json(folder / "run.json", {**read_run(folder), "run_id": "of another study"})
+
+
+@pytest.mark.parametrize("spoil", [without_history, of_another_run])
+def test_an_attempt_whose_folder_does_not_serve_is_passed_over(
+    trials: Trials, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], None]
+) -> None:
     def dies(*given: Any, **named: Any) -> bool:
         raise SystemExit
 
@@ -105,7 +118,7 @@ def test_an_attempt_that_left_damaged_files_is_passed_over(trials: Trials, monke
             trials.train()
     trials.study.reap(lambda worker: False)
     (folder,) = (Path(record.folder or "") for record in trials.study.records() if record.folder)
-    (folder / "logs" / "metrics_history.json").unlink()
+    spoil(folder)
     trials.train()
     assert trials.ended()[1] == ("COMPLETE", "all epochs", 0)
 
