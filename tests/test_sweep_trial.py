@@ -17,7 +17,7 @@ from behrt.sweep.liveness import WorkerToken
 from behrt.sweep.settings import load_sweep
 from behrt.sweep.stopper import Stopper
 from behrt.sweep.storage import StorageLost, open_storage
-from behrt.sweep.study import Done, SweepStudy, Wait
+from behrt.sweep.study import Done, Report, SweepStudy, Wait
 from behrt.sweep.tracked import begin_study_run, settle_trials
 from behrt.sweep.trial import run_trial
 from behrt.sweep.trials import PARENT_RUN_ID
@@ -162,3 +162,21 @@ def test_a_signal_after_the_last_epoch_does_not_cut_off_what_is_kept(
     trials.train(stopper)
     assert stopper.is_asked
     assert trials.ended() == [("COMPLETE", "all epochs", 0)]
+
+
+def test_an_epoch_that_was_kept_and_not_yet_reported_is_counted_once(
+    trials: Trials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(*given: Any, epoch: int, **named: Any) -> Report:
+        if epoch == 2:
+            raise SystemExit
+        return Report.KEEP
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trials.study, "report", dies)
+        with pytest.raises(SystemExit):
+            trials.train()
+    trials.study.reap(lambda worker: False)
+    trials.train()
+    assert trials.ended()[1] == ("COMPLETE", "all epochs", 0)  # here not even the first was reported
+    assert trials.study.tally().trained_epochs == 3

@@ -64,7 +64,10 @@ class TrialListener(Listener):
         self._study.set_attributes(self._trial, {RUN_ID: start.run_id})
 
     def went_on(self, epochs: Sequence[EpochRecord]) -> None:
-        self._study.set_attributes(self._trial, {CONTINUED_FROM: len(epochs)})
+        # cut off between checkpoint and report, the attempt left an epoch of which the study hears here first
+        records = {record.number: record for record in self._study.records()}
+        earlier = [record.epochs for record in attempts(records, self._trial.number)][1:]
+        self._study.set_attributes(self._trial, {CONTINUED_FROM: min(len(epochs), max(earlier, default=0))})
         for record in epochs:
             self.epoch(record)
 

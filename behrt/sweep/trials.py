@@ -76,7 +76,7 @@ class TrialRecord:
         ended: why it ended; None while it runs, and where its worker was too dead to say.
         worker: host and token of the process that trains it.
         retry_of: number of the lost trial that this one continues.
-        continued_from: epochs taken over from that trial.
+        continued_from: epochs taken over that earlier attempts had reported.
         idle_attempts: attempts in a row, right before this one, that added no epoch.
     """
 
