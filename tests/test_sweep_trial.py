@@ -78,9 +78,9 @@ def test_what_would_fail_every_trial_fails_none(
     assert trials.ended()[1] == ("COMPLETE", "all epochs", 0)
 
 
-def test_a_trial_whose_worker_dies_before_it_can_tell_the_end_is_not_trained_again(
-    trials: Trials, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def lose_before_it_is_told(trials: Trials, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trains the trial to its end; its worker dies before it can tell the study."""
+
     def dies(*given: Any, **named: Any) -> bool:
         raise SystemExit
 
@@ -89,6 +89,12 @@ def test_a_trial_whose_worker_dies_before_it_can_tell_the_end_is_not_trained_aga
         with pytest.raises(SystemExit):
             trials.train()
     trials.study.reap(lambda worker: False)
+
+
+def test_a_trial_whose_worker_dies_before_it_can_tell_the_end_is_not_trained_again(
+    trials: Trials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lose_before_it_is_told(trials, monkeypatch)
     trials.train()
     lost, retry = trials.ended()
     assert (lost[0], retry) == ("FAILED", ("COMPLETE", "all epochs", 3))
@@ -109,14 +115,7 @@ def of_another_run(folder: Path) -> None:
 def test_an_attempt_whose_folder_does_not_serve_is_passed_over(
     trials: Trials, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], None]
 ) -> None:
-    def dies(*given: Any, **named: Any) -> bool:
-        raise SystemExit
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trials.study, "tell", dies)
-        with pytest.raises(SystemExit):
-            trials.train()
-    trials.study.reap(lambda worker: False)
+    lose_before_it_is_told(trials, monkeypatch)
     (folder,) = (Path(record.folder or "") for record in trials.study.records() if record.folder)
     spoil(folder)
     trials.train()
