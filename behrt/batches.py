@@ -65,6 +65,17 @@ class PackedBatch:
     def to(self, device: torch.device) -> Self:
         return type(self)(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
+    def halves(self) -> tuple[Self, Self] | None:
+        """The first and the second half of the rows; None of a single row."""
+        middle = len(self.codes) // 2
+        if not middle:
+            return None
+        first, second = (
+            {field.name: getattr(self, field.name)[rows] for field in fields(self)}
+            for rows in (slice(middle), slice(middle, None))
+        )
+        return type(self)(**first), type(self)(**second)
+
 
 @dataclass(frozen=True)
 class FlatSequences:
@@ -311,8 +322,11 @@ class TrainingBatches:
     def steps_per_epoch(self) -> int:
         return -(-len(self._patients) // self._batch_size)
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[PackedBatch]]:
-        """The micro-batches of each step of an epoch, from `first_step` on."""
+    def epoch(
+        self, epoch: int, first_step: int = 0, *, accumulation_steps: int | None = None
+    ) -> Iterator[list[PackedBatch]]:
+        """The micro-batches of each step of an epoch, from `first_step` on; in how many, changes no draw."""
+        accumulation_steps = accumulation_steps or self._accumulation_steps
         order = stream(self._seed, Stream.ORDER, epoch).permutation(self._patients)
         for step in range(first_step, self.steps_per_epoch):
             patients = order[step * self._batch_size : (step + 1) * self._batch_size]
@@ -322,6 +336,6 @@ class TrainingBatches:
             masked = MaskedSequences(
                 sequences, *mask_tokens(sequences.codes, vocab_size=self._vocab_size, generator=masks)
             )
-            parts = min(self._accumulation_steps, len(patients))
+            parts = min(accumulation_steps, len(patients))
             bounds = np.linspace(0, len(patients), parts + 1).round().astype(int).tolist()
             yield [masked.batch(first, stop, row_length=self._row_length) for first, stop in itertools.pairwise(bounds)]

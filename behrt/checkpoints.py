@@ -3,12 +3,16 @@
 A checkpoint is a folder of safetensors and JSON, never pickle. It holds what was trained and nothing that was frozen: a
 fully trained model whole (`model.safetensors`), a LoRA model as its adapter in PEFT's layout together with every other
 trained tensor. The frozen base is named by how it was made (seed, and the run it started from), made again on loading,
-and refused where its fingerprint is no longer the one that the adapter was trained on.
+and refused where its fingerprint is no longer the one that the adapter was trained on. Checksums stand beside: a file
+that was cut short or changed is never loaded.
+
+A checkpoint from which a training can go on holds more (`TRAINING_FILES`), under checksums of its own, so that the
+weights can travel without it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +23,21 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from behrt.config import BEHRTConfig, UserError
-from behrt.files import read_json, replacing_folder, write_json
+from behrt.files import read_json, replacing_folder, verify_checksums, write_checksums, write_json
 from behrt.lora import adapted_layers, load_adapter, merge_adapters, save_adapter
 from behrt.model import BEHRTForMaskedLM
 from behrt.vocabulary import FIRST_CODE, Vocabulary
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""Version 1 had no checksums."""
 
+CHECKSUMS_FILE = "SHA256SUMS"
 OPTIMIZER_FILE = "optimizer.safetensors"
+BEST_FILE = "best.safetensors"
+STATE_FILE = "training_state.json"
+TRAINING_CHECKSUMS_FILE = "SHA256SUMS.training"
+TRAINING_FILES = (OPTIMIZER_FILE, BEST_FILE, STATE_FILE, TRAINING_CHECKSUMS_FILE)
 """Beside the weights where the training can go on from them."""
 
 
@@ -62,6 +73,21 @@ class Transplant:
     new_positions: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What a checkpoint holds beside the weights so that the training can go on.
+
+    Attributes:
+        optimizer: that trains the model.
+        best_weights: what is trained, by name, after the best epoch; empty where that is the checkpoint's own, or none.
+        state: everything else, as JSON.
+    """
+
+    optimizer: torch.optim.Optimizer
+    best_weights: Mapping[str, torch.Tensor]
+    state: Mapping[str, Any]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A loaded checkpoint: the model as it was trained (adapters not merged), in evaluation mode on the CPU."""
@@ -79,33 +105,76 @@ def save_checkpoint(
     vocabulary: Vocabulary,
     epoch: int,
     base: Base,
-    optimizer: torch.optim.Optimizer | None = None,
+    training: Training | None = None,
+    former_to: Path | None = None,
 ) -> None:
-    """Writes `folder`, whole or not at all; a former checkpoint there is replaced.
+    """Writes `folder`, whole or not at all; a former checkpoint there is replaced, or moved to `former_to`.
 
-    With the `optimizer` that trains the model, `restore_checkpoint` can put the training back to this very point.
+    Raises:
+        OSError: the disk is full, above all; a former checkpoint is then as it was.
     """
-    with replacing_folder(folder) as beside:
-        is_lora = bool(adapted_layers(model))
-        if is_lora:
-            save_adapter(model, beside)
-        else:
-            state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-            save_file(state, beside / "model.safetensors", metadata={"format": "pt"})
-        # without its counts, and so without anything but names: this file travels
-        Vocabulary.of_codes(vocabulary.tokens[FIRST_CODE:]).save(beside / "vocabulary.json")
-        write_json(
-            beside / "checkpoint.json",
-            {
-                "format_version": FORMAT_VERSION,
-                "epoch": epoch,
-                "lora": is_lora,
-                "model": model.config.model_dump(),
-                "base": asdict(base),
-            },
-        )
-        if optimizer is not None:
-            save_file(_optimizer_tensors(optimizer, model), beside / OPTIMIZER_FILE)
+    with replacing_folder(folder, former_to=former_to) as beside:
+        try:
+            _write_weights(beside, model, vocabulary=vocabulary, epoch=epoch, base=base)
+            write_checksums(beside, CHECKSUMS_FILE, [path for path in beside.iterdir() if path.is_file()])
+            if training is not None:
+                _write_training(beside, model, training)
+        except SafetensorError as error:  # of a disk that is full it only knows the text
+            raise OSError(f"{folder}: the checkpoint cannot be written: {error}") from None
+
+
+def _write_weights(folder: Path, model: BEHRTForMaskedLM, *, vocabulary: Vocabulary, epoch: int, base: Base) -> None:
+    is_lora = bool(adapted_layers(model))
+    if is_lora:
+        save_adapter(model, folder)
+    else:
+        state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    # without its counts, and so without anything but names: this file travels
+    Vocabulary.of_codes(vocabulary.tokens[FIRST_CODE:]).save(folder / "vocabulary.json")
+    write_json(
+        folder / "checkpoint.json",
+        {
+            "format_version": FORMAT_VERSION,
+            "epoch": epoch,
+            "lora": is_lora,
+            "model": model.config.model_dump(),
+            "base": asdict(base),
+        },
+    )
+
+
+def _write_training(folder: Path, model: BEHRTForMaskedLM, training: Training) -> None:
+    written = [folder / OPTIMIZER_FILE, folder / STATE_FILE]
+    save_file(_optimizer_tensors(training.optimizer, model), folder / OPTIMIZER_FILE)
+    write_json(folder / STATE_FILE, training.state)
+    if training.best_weights:
+        written.append(folder / BEST_FILE)
+        save_file(dict(training.best_weights), folder / BEST_FILE)
+    write_checksums(folder, TRAINING_CHECKSUMS_FILE, written)
+
+
+def drop_training(folder: Path) -> None:
+    """Leaves the weights of a checkpoint alone; its training cannot go on from it any more."""
+    for name in reversed(TRAINING_FILES):  # the checksums first: without them nothing goes on from the rest
+        (folder / name).unlink(missing_ok=True)
+
+
+def read_training_state(folder: Path) -> dict[str, Any]:
+    """The state of a checkpoint from which a training can go on, all of its files verified.
+
+    Raises:
+        UserError: there is none, or some file is missing, was cut short or changed.
+    """
+    _read_about(folder)
+    verify_checksums(folder, CHECKSUMS_FILE)
+    verify_checksums(folder, TRAINING_CHECKSUMS_FILE)
+    return read_json(folder / STATE_FILE, missing=f"{folder} holds no state of a training")
+
+
+def read_best_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights after the best epoch, as far as they are not those of the checkpoint itself."""
+    return _load_tensors(folder / BEST_FILE) if (folder / BEST_FILE).exists() else {}
 
 
 def load_checkpoint(folder: Path, *, load_base: Callable[[Base], Checkpoint] | None = None) -> Checkpoint:
@@ -118,6 +187,8 @@ def load_checkpoint(folder: Path, *, load_base: Callable[[Base], Checkpoint] | N
         UserError: no checkpoint, a damaged one, or a base that is no longer what it was.
     """
     about = _read_about(folder)
+    if about["format_version"] > 1:
+        verify_checksums(folder, CHECKSUMS_FILE)
     try:
         config = BEHRTConfig(**about["model"])
         base = Base(**about["base"])
@@ -220,8 +291,8 @@ def _read_about(folder: Path) -> dict[str, Any]:
     path = folder / "checkpoint.json"
     about = read_json(path, missing=f"{folder} holds no checkpoint")
     version = about.get("format_version")
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path}: format version {version}, this behrt reads {FORMAT_VERSION}")
+    if version not in READABLE_VERSIONS or isinstance(version, bool):
+        raise UserError(f"{path}: format version {version}, this behrt reads {READABLE_VERSIONS[-1]}")
     return about
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shlex
 import signal
 import socket
 import sys
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from behrt import __version__
-from behrt.config import EXPERIMENT_NAME, UserError, load_experiment
+from behrt.config import EXPERIMENT_NAME, FLAGS, UserError, build_settings, lay_over, load_experiment
 from behrt.exits import (
     EXIT_INTERRUPTED,
     EXIT_LOST,
@@ -42,11 +43,13 @@ from behrt.options import (
     training_options,
 )
 from behrt.prepare_options import PrepareOptions
+from behrt.stopper import Terminated
 from behrt.sweep_commands import sweep
 
 if TYPE_CHECKING:
     from behrt.config import ExperimentSettings
     from behrt.doctor.rule import Finding
+    from behrt.resume import Attempt
 
 
 class InOrder(click.Group):
@@ -172,6 +175,12 @@ def prepare(source: Path, out: Path, overwrite: bool, as_json: bool, **flags: An
 @click.option("--experiment", default=None, help="Name of the folder under experiments/ and in MLflow.")
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="Another folder than experiments/NAME.")
 @click.option("--force", is_flag=True, help="Train even if the pre-flight finds that the run cannot learn.")
+@click.option(
+    "--resume",
+    metavar="RUN",
+    default=None,
+    help="Go on with a run that was cut off: its folder, or its MLflow run id.",
+)
 @json_option
 def train(
     experiment_file: Path | None,
@@ -179,23 +188,53 @@ def train(
     experiment: str | None,
     out: Path | None,
     force: bool,
+    resume: str | None,
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Pre-train one model. Flags go over the file, the file over the preset, the preset over the defaults."""
+    """Pre-train one model. Flags go over the file, the file over the preset, the preset over the defaults.
+
+    With --resume, the run goes on with the settings that it was begun with; what else is given must agree with them.
+    """
     experiment_file = in_folder(experiment_file)
-    settings = load_experiment(experiment_file, preset=preset, flags=given(flags))
-    name, folder = place_of_run(settings, experiment_file, experiment, out)
+    attempt = None
+    if resume is None:
+        settings = load_experiment(experiment_file, preset=preset, flags=given(flags))
+        name, folder = place_of_run(settings, experiment_file, experiment, out)
+    else:
+        attempt = attempt_of(resume, preset=preset, experiment=experiment, out=out)
+        settings = settings_to_resume(attempt, experiment_file, given(flags))
+        name, folder = name_of(attempt), attempt.folder
 
     from behrt.console import TerminalListener, result_lines
+    from behrt.feeding import mark_dead
     from behrt.pretrain import pretrain
+    from behrt.stopper import Stopper
     from behrt.terminal import stderr_console
 
     console = stderr_console()
     listener = TerminalListener(console)
+    if mark_dead(folder) and attempt is None:
+        console.print(f"The former run in {folder} died without a word; it is marked so and kept.", markup=False)
+    stopper = Stopper(insists=True)
     try:
-        result = pretrain(settings, experiment=name, folder=folder, listener=listener, force=force)
+        with stopper.interrupting():
+            result = pretrain(
+                settings,
+                experiment=name,
+                folder=folder,
+                listener=listener,
+                force=force,
+                attempt=attempt,
+                stopper=stopper,
+            )
+    except KeyboardInterrupt:
+        if (folder / "logs" / "tracking.json").exists():
+            listener.stop()
+            console.print(f"To go on: behrt train --resume {shlex.quote(str(folder))}", markup=False)
+        raise
     finally:
+        stopper.close()
         listener.stop()
     console.print("\n".join(result_lines(result)), markup=False)
     if as_json:
@@ -205,6 +244,34 @@ def train(
     if result.status == "FAILED":
         lost_to = [result.lost_to] if result.lost_to else result.diagnosis.of_severity("error")
         raise LostRun(f"ended after epoch {result.last.epoch if result.last else 0}: {reasons(lost_to)}")
+
+
+def attempt_of(target: str, *, preset: str | None, experiment: str | None, out: Path | None) -> Attempt:
+    """The attempt that `--resume` names; `UserError` for options that make no sense beside it."""
+    for flag, value in (("--preset", preset), ("--experiment", experiment)):
+        if value is not None:
+            raise UserError(f"{flag}: goes with a new run, and --resume with one that there is; leave one of them out")
+    if out is not None and Path(target).exists():
+        raise UserError(f"--out: {target} goes on where it is; leave this out")
+
+    from behrt.resume import attempt_to_resume
+
+    return attempt_to_resume(target, lambda state: out or Path("experiments") / state.experiment)
+
+
+def settings_to_resume(attempt: Attempt, experiment_file: Path | None, flags: dict[str, Any]) -> ExperimentSettings:
+    """Those that the run was begun with, or those of the file that is named, and the flags over them."""
+    if experiment_file is not None:
+        return load_experiment(experiment_file, flags=flags)
+    nested = lay_over(attempt.settings.model_dump(mode="json"), flags)
+    return build_settings(nested, where=FLAGS)
+
+
+def name_of(attempt: Attempt) -> str:
+    """Under which MLflow has the run."""
+    from behrt.feeding import TrackingRecord
+
+    return attempt.state.experiment if attempt.state else TrackingRecord.load(attempt.folder).experiment
 
 
 @cli.command()
@@ -318,6 +385,24 @@ cli.add_command(sweep)
 
 
 @cli.command()
+@click.argument("runs", nargs=-1, metavar="[RUN ...]")
+@json_option
+def sync(runs: tuple[str, ...], as_json: bool) -> None:
+    """Send to MLflow what it lacks of runs, as after a server that was away. Without RUN: of every run here.
+
+    RUN is the folder of a run, or its MLflow run id. What MLflow has already is not sent again.
+    """
+    from behrt.sync import find_runs, sync_runs
+
+    found = sync_runs(find_runs(runs), tell=lambda line: click.echo(line, err=True))
+    if as_json:
+        click.echo(json.dumps({str(folder): outcome for folder, outcome in found.items()}))
+    failed = sum(outcome == "failed" for outcome in found.values())
+    if failed:
+        raise UserError(f"{failed} of {len(found)} runs could not be sent; run behrt sync again when MLflow answers")
+
+
+@cli.command()
 @click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="Port on this machine.")
 def ui(port: int) -> None:
     """Open the MLflow store in the browser: runs side by side, with their curves."""
@@ -328,10 +413,6 @@ def ui(port: int) -> None:
             raise UserError(f"--port: {port} is taken; choose another")
     click.echo(f"Open {ui_address(port)} (Ctrl-C ends the server)", err=True)
     serve_ui(port)
-
-
-class Terminated(KeyboardInterrupt):
-    """The process was asked to end (SIGTERM); it ends as on Ctrl-C, with an exit code of its own."""
 
 
 def pairs(texts: tuple[str, ...], flag: str) -> dict[str, str]:

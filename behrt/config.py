@@ -264,6 +264,8 @@ class TrainingSettings(Section):
     early_stopping_patience: int = Field(default=10, ge=0, description="epochs without a better val_loss; 0 is never")
     early_stopping_min_delta: float = Field(default=0.0, ge=0, description="how much lower counts as better")
     stop_on: StopOn = Field(default="error", description="findings of the doctor that end a run in progress")
+    recover: bool = Field(default=False, description="go back to the last checkpoint when a loss is no number")
+    checkpoint_minutes: float = Field(default=10.0, gt=0, description="between checkpoints inside an epoch")
     seed: int = Field(default=0, ge=0)
     device: Device = "auto"
     precision: Precision = "auto"

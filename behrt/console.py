@@ -98,7 +98,7 @@ class TerminalListener(Listener):
         self._start = start
         settings, patients = start.settings, start.patients
         lines = [
-            f"Experiment {start.experiment}, run {start.run_id}",
+            f"Experiment {start.experiment}, run {start.run_id or 'not in MLflow yet'}",
             f"  records    {patients['train']:,} training and {patients['tuning']:,} validation patients, "
             f"vocabulary {start.vocab_size:,}, up to {start.max_position} positions"
             + (f" ({start.truncated_share:.1%} of the tokens beyond)" if start.truncated_share >= 0.001 else ""),
@@ -125,6 +125,30 @@ class TerminalListener(Listener):
         if finding.severity == "info":
             return  # the result says it
         self._console.print(findings_table(None, [finding]))
+
+    def resumed(self, changes: Sequence[str]) -> None:
+        self._print("\n".join([f"  changed    {change}" for change in changes]) or "  changed    nothing")
+
+    def went_on(self, epochs: Sequence[EpochRecord]) -> None:
+        best = min(epochs, key=lambda record: record.val_loss)
+        self._epoch = epochs[-1].epoch + 1
+        self._print(
+            f"  goes on    after epoch {epochs[-1].epoch}; best so far {best.val_loss:.4f} at epoch {best.epoch}"
+        )
+
+    def recovered(self, lost_epoch: int, record: EpochRecord | None, rate_factor: float) -> None:
+        self._bar.clear()
+        after = "the start" if record is None else f"the checkpoint after epoch {record.epoch}"
+        self._print(
+            f"Epoch {lost_epoch}: a loss is no number; back to {after}, with learning rates times {rate_factor:g}"
+        )
+
+    def memory_short(self, accumulation_steps: int) -> None:
+        self._bar.clear()
+        self._print(
+            f"Memory ran out: each step is computed in {accumulation_steps} micro-batches from here on, of as many "
+            f"patients together as before (--accumulation-steps {accumulation_steps})"
+        )
 
     def step(self, step: int, steps: int) -> None:
         self._bar.show(f"Epoch {self._epoch}", step, steps)
@@ -261,7 +285,9 @@ def result_lines(result: RunResult) -> list[str]:
         f"  {parameter_summary(start.counts)}",
         f"  diagnosis: {result.diagnosis.verdict}; all of it: behrt doctor {start.folder}",
         f"  history, figures and checkpoints: {start.folder}",
-        f"  MLflow run {start.run_id} in {result.tracking_uri}; to open it: behrt ui",
+        f"  MLflow run {result.run_id} in {result.tracking_uri}; to open it: behrt ui"
+        if result.tracking_complete
+        else f"  not all of it is in MLflow at {result.tracking_uri}; to send the rest: behrt sync {start.folder}",
     ]
     return lines
 

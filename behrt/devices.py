@@ -49,3 +49,21 @@ def choose_precision(asked: Precision, device: torch.device) -> torch.dtype:
     if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
         return torch.bfloat16
     return torch.float32
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch says that a device has no memory left."""
+    import torch
+
+    texts = ("out of memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+
+
+def free_cached_memory(device: torch.device) -> None:
+    """Gives back what torch holds of the device's memory without using it."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()

@@ -6,11 +6,12 @@ Everything is written beside its place, flushed to the disk, and renamed.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,13 @@ def replacing_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_folder(path: Path, *, mode: int = 0o777) -> Iterator[Path]:
-    """Yields an empty folder beside `path`; on success it takes the place of `path`, on failure it is removed."""
+def replacing_folder(path: Path, *, mode: int = 0o777, former_to: Path | None = None) -> Iterator[Path]:
+    """Yields an empty folder beside `path`; on success it takes the place of `path`, on failure it is removed.
+
+    Args:
+        former_to: beside `path`; what was at `path` goes there, and what was there before is removed first, so that at
+            every moment one of the two is whole.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
@@ -44,7 +50,11 @@ def replacing_folder(path: Path, *, mode: int = 0o777) -> Iterator[Path]:
         for file in beside.rglob("*"):
             if file.is_file():
                 _flush(file)
-        if path.exists():
+        if path.exists() and former_to is not None:
+            shutil.rmtree(former_to, ignore_errors=True)
+            path.replace(former_to)
+            beside.replace(path)
+        elif path.exists():
             former = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".former", dir=path.parent))
             try:
                 path.replace(former / path.name)
@@ -57,13 +67,28 @@ def replacing_folder(path: Path, *, mode: int = 0o777) -> Iterator[Path]:
                 shutil.rmtree(former, ignore_errors=True)
         else:
             beside.replace(path)
+        _flush(path.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _flush(file: Path) -> None:
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
+def remove_half_written(folder: Path) -> None:
+    """Removes what a killed process has left half-written in `folder`; the caller holds the folder's lock."""
+    for pattern in (".*.partial", ".*.former"):
+        for left in folder.glob(pattern):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Brings a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -90,6 +115,49 @@ class FolderLock:
 
     def release(self) -> None:
         self._handle.close()
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process that is alive holds the `FolderLock` of `folder`."""
+    try:
+        with (folder / ".lock").open("rb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is none, or it is not ours to read: nothing says that somebody works here
+        return False
+    return False
+
+
+def write_checksums(folder: Path, name: str, files: Iterable[Path]) -> None:
+    """Writes the file `name` in the form of `sha256sum`, which can check it."""
+    lines = [f"{sha256_of_file(file)}  {file.relative_to(folder).as_posix()}\n" for file in sorted(files)]
+    write_text(folder / name, "".join(lines))
+
+
+def verify_checksums(folder: Path, name: str) -> None:
+    """Raises `UserError` unless every file that `folder / name` lists is as it was when that was written."""
+    try:
+        lines = (folder / name).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"{folder / name}: is missing or damaged; choose another checkpoint") from None
+    for line in lines:
+        digest, _, file = line.partition("  ")
+        if not file or Path(file).is_absolute() or ".." in Path(file).parts:
+            raise UserError(f"{folder / name}: is damaged; choose another checkpoint")
+        try:
+            found = sha256_of_file(folder / file)
+        except OSError:
+            raise UserError(f"{folder / file}: is missing; choose another checkpoint") from None
+        if found != digest:
+            raise UserError(
+                f"{folder / file}: was changed since it was written, or is damaged; choose another checkpoint"
+            )
+
+
+def sha256_of_file(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

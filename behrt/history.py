@@ -10,12 +10,15 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from behrt.config import UserError
-from behrt.files import FolderLock, read_json, replacing_folder, write_json, write_text
+from behrt.files import FolderLock, read_json, remove_half_written, replacing_folder, write_json, write_text
 
 EPOCH_FIGURES = (
     "train_loss",
@@ -120,6 +123,8 @@ class RunFolder:
         self.settings_file = path / "logs" / "settings.yaml"
         self.diagnosis_files = (path / "diagnosis.json", path / "diagnosis.md")
         self._history: dict[str, list[dict[str, Any]]] = {}
+        self._former: Path | None = None
+        self._is_first = False
         self._lock: FolderLock | None = None
 
     def claim(self) -> None:
@@ -137,12 +142,29 @@ class RunFolder:
         if any((self.path / name).exists() for name in LEFT_BY_A_RUN):
             earlier = self.path / "earlier" / self._name_of_former_run()
             earlier.mkdir(parents=True)
+            self._former = earlier
             for name in LEFT_BY_A_RUN:
                 if (self.path / name).exists():
                     (self.path / name).replace(earlier / name)
         write_text(self.settings_file, experiment_yaml)
-        if not self.experiment_file.exists():
+        self._is_first = not self.experiment_file.exists()
+        if self._is_first:
             write_text(self.experiment_file, experiment_yaml)
+
+    def take_back(self) -> None:
+        """Undoes `begin`: the folder is as it was."""
+        for name in (*LEFT_BY_A_RUN, *([self.experiment_file.name] if self._is_first else [])):
+            left = self.path / name
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink(missing_ok=True)
+        if self._former is not None:
+            for path in self._former.iterdir():
+                path.replace(self.path / path.name)
+            self._former.rmdir()
+            with suppress(OSError):  # it holds other runs
+                self._former.parent.rmdir()
 
     def release(self) -> None:
         """Lets the folder go."""
@@ -155,15 +177,25 @@ class RunFolder:
         self._append(record)
         write_json(self.history_file, self._history)
 
-    def take_over(self, former: Path, epochs: Sequence[EpochRecord]) -> None:
-        """Begins with the checkpoints of another folder, and with the history that led to them."""
+    def set_history(self, epochs: Sequence[EpochRecord]) -> None:
+        """The history is that of these epochs, and no more."""
+        self._history = {}
         for record in epochs:
             self._append(record)
         write_json(self.history_file, self._history)
-        # last: checkpoints without a history would look like something to go on from
-        with replacing_folder(self.checkpoints) as beside:
-            half_written = shutil.ignore_patterns(".*")
-            shutil.copytree(former / self.checkpoints.name, beside, dirs_exist_ok=True, ignore=half_written)
+
+    def take_in(self, checkpoint: Path, history: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        """Becomes the folder of a run that was elsewhere, as it stood at a checkpoint; a former run goes to
+        `earlier/`."""
+        self.begin(yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
+        write_json(self.history_file, history)
+        with replacing_folder(self.checkpoints / "last") as beside:
+            shutil.copytree(checkpoint, beside, dirs_exist_ok=True)
+
+    def go_on(self, experiment_yaml: str) -> None:
+        """The run that is here goes on, with settings of which some may have changed."""
+        write_text(self.settings_file, experiment_yaml)
+        remove_half_written(self.checkpoints)
 
     @property
     def history(self) -> Mapping[str, list[dict[str, Any]]]:
@@ -189,7 +221,8 @@ class RunFolder:
         """The run's id, or a number where it left none; never one that is taken."""
         taken = {path.name for path in (self.path / "earlier").glob("*")}
         try:
-            run_id = read_run(self.path).get("run_id")
+            run = read_run(self.path)
+            run_id = run.get("run_id") or run.get("run_key")
         except UserError:  # none, or damaged: the run is kept all the same
             run_id = None
         name = run_id if isinstance(run_id, str) and run_id.isalnum() else "run"

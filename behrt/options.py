@@ -79,6 +79,10 @@ training_options = options(
         "End a run in progress on findings of the doctor this severe.",
         type=click.Choice(["error", "warning", "never"]),
     ),
+    setting(
+        "recover", "When a loss is no number, go back to the last checkpoint with a tenth of the rate.", negatable=True
+    ),
+    setting("checkpoint_minutes", "Minutes between checkpoints inside an epoch.", type=float),
     setting("seed", "Seed of weights, order, masks and dropout.", type=int),
     setting("device", "Where to compute.", type=click.Choice(["auto", "cpu", "cuda", "mps"])),
     setting(

@@ -7,11 +7,12 @@ to MLflow and to the doctor.
 
 from __future__ import annotations
 
-import json
+import logging
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,26 +22,37 @@ from torch import nn
 from torch.nn import functional as F
 
 from behrt.batches import PackedBatch, TrainingBatches
-from behrt.checkpoints import OPTIMIZER_FILE, Base, Transplant, make_base, save_checkpoint
+from behrt.checkpoints import Base, Transplant, make_base, save_checkpoint
 from behrt.config import ExperimentSettings, UserError, experiment_yaml
-from behrt.devices import choose_device, choose_precision
+from behrt.devices import choose_device, choose_precision, is_out_of_memory
 from behrt.doctor.checkup import Checkup, facts_before_training, tolerated
 from behrt.doctor.diagnosis import markdown
 from behrt.doctor.facts import RunFacts
-from behrt.doctor.memory import is_out_of_memory
 from behrt.doctor.preflight import probe
+from behrt.feeding import (
+    SECONDS_OF_SILENCE,
+    SECONDS_OF_SILENCE_WHEN_STOPPED,
+    Feeder,
+    TrackingRecord,
+    new_record,
+    now,
+)
 from behrt.history import EpochRecord, RunFolder
+from behrt.keeping import Keeper
 from behrt.masking import Stream, torch_seed
 from behrt.model import BEHRTForMaskedLM
 from behrt.parameters import ParameterCounts, apply_lora_to_behrt, count_parameters, set_trainable
 from behrt.plots import draw_curves
 from behrt.records import Records, RecordsCache
-from behrt.resume import Attempt, best_of, find_attempt, go_on
+from behrt.resume import Attempt, best_of, check_changes
 from behrt.run_report import STATUS_OF_OUTCOME, Listener, RunResult, RunStart, StudyTrial
 from behrt.runs import load_base, name_base
 from behrt.sequences import open_prepared
-from behrt.tracking import TrackedRun
+from behrt.stopper import Stopper
+from behrt.tracking import PARENT_TAG, TRIAL_NUMBER, TRIAL_STATE, RunStatus
 from behrt.trainer import LossSums, Trainer
+
+log = logging.getLogger(__name__)
 
 EVALUATED_AT_ONCE = 128
 """Patients per batch of an evaluation."""
@@ -119,7 +131,8 @@ def pretrain(
     force: bool = False,
     records_cache: RecordsCache | None = None,
     trial: StudyTrial | None = None,
-    continue_from: Path | None = None,
+    attempt: Attempt | None = None,
+    stopper: Stopper | None = None,
 ) -> RunResult:
     """Trains one model and leaves a finished run in `folder` and in MLflow.
 
@@ -129,23 +142,24 @@ def pretrain(
         force: train even where the pre-flight finds that the run cannot learn.
         records_cache: shares opened records with other runs of this process.
         trial: the trial of a study that the run is; its status in MLflow is then that of the trial.
-        continue_from: folder of an attempt at the same run that was cut off; what it trained is not trained again.
+        attempt: one that was cut off; what it trained is not trained again. In place, the run is the same one.
+        stopper: where signals come; by default they end the run anywhere.
 
     Returns:
         The result; `status` is FAILED where the pre-flight refused the run and where the doctor ended it, KILLED where
         the listener pruned it.
 
     Raises:
-        UserError: settings and records that do not go together, a folder that is in use, a store that cannot be
-            opened; the folder is then as it was.
+        UserError: settings and records that do not go together, a folder that is in use, a store that will not take
+            the run; the folder is then as it was.
         KeyboardInterrupt: passed on after the run was marked KILLED.
     """
-    listener = listener or Listener()
+    listener, stopper = listener or Listener(), stopper or Stopper(listens=False)
     started = time.perf_counter()
     device = choose_device(settings.training.device)
     precision = choose_precision(settings.training.precision, device)
     records = (records_cache or RecordsCache()).select(settings, progress=listener.preparing)
-    attempt = find_attempt(continue_from, settings) if continue_from is not None else None
+    changes = _changes(attempt, settings, records)
     model, base, transplanted = build_model(settings, records)
     steps = TrainingBatches(
         records.training,
@@ -161,27 +175,11 @@ def pretrain(
     run_folder = RunFolder(folder)
     run_folder.claim()
     try:
-        tracked = TrackedRun(
-            experiment=experiment,
-            params=settings.flat(),
-            tags={
-                "device": device.type,
-                "dataset": records.data.name,
-                "size": settings.model.model_size,
-                "adaptation": adaptation_name(settings),
-            },
-            study_run_id=trial.study_run_id if trial else None,
-            trial_number=trial.number if trial else None,
-        )
-        try:
-            run_folder.begin(experiment_yaml(settings))
-        except BaseException:
-            tracked.finish("FAILED")
-            raise
         start = RunStart(
             experiment=experiment,
             folder=folder,
-            run_id=tracked.run_id,
+            key="",
+            run_id=None,
             dataset={"name": records.data.name, "digest": records.data.digest},
             settings=settings,
             device=device.type,
@@ -196,6 +194,7 @@ def pretrain(
             truncated_share=records.truncated_share,
             trial=trial,
         )
+        start, feeder = _begin(start, run_folder, attempt, changes)
         batches: dict[str, Any] = {
             "steps": steps,
             "train_evaluation": records.train_evaluation.packed(EVALUATED_AT_ONCE, records.row_length),
@@ -203,104 +202,192 @@ def pretrain(
             "device": device,
             "precision": precision,
         }
-        keep = partial(save_checkpoint, model=model, vocabulary=records.data.vocabulary, base=base)
+        save = partial(save_checkpoint, vocabulary=records.data.vocabulary, base=base)
         result = RunResult(start=start, model=model, checkup=Checkup(RunFacts(finished=False)))
-        with _ending(result, run_folder, tracked, started, listener):
-            _log_start(start, tracked, records)
+        keeper = Keeper(run_folder, start, save=save, feeder=feeder, stopper=stopper)
+        with _ending(result, run_folder, feeder, started, stopper):
+            _write_run(result, run_folder, feeder, status="RUNNING")
             listener.started(start)
             model.to(device)
-            trainer = Trainer(model, masked_lm_loss, **batches, settings=settings.training, on_step=listener.step)
             with tolerated("the pre-flight"):
                 probed = probe(model, masked_lm_loss, **batches, adaptation=settings.adaptation)
                 facts = facts_before_training(
                     settings, records, baselines, transplanted, vocab_size=model.config.vocab_size, probed=probed
                 )
                 result.checkup = Checkup(facts)
-            _log_diagnosis(result, run_folder, tracked)
+            _log_diagnosis(result, run_folder, feeder)
             listener.examined(result.checkup)
             if result.diagnosis.of_severity("error") and not force:
                 result.refused = True
                 return result
+            trainer = Trainer(
+                model,
+                masked_lm_loss,
+                **batches,
+                settings=settings.training,
+                on_step=listener.step,
+                pause=keeper.pause,
+                on_memory=partial(_tell_of_memory, result, feeder, listener),
+            )
+            keeper.trainer = trainer
+            keeper.begin(attempt, model)
+            stopper.at_pauses()
             if attempt is not None:
-                go_on(attempt, run_folder, model, trainer, keep)
-                _tell_again(attempt, result, run_folder, tracked, listener)
-            try:
-                _train(trainer, result, run_folder, tracked, keep, listener)
-            except KeyboardInterrupt:
-                if result.last is None:  # else the last epoch's checkpoint stands, from which the run can go on
-                    keep(run_folder.checkpoints / "last", epoch=0)
-                raise
+                _tell_again(attempt, changes, result, run_folder, listener)
+            _train(trainer, keeper, result, run_folder, feeder, listener)
     finally:
         run_folder.release()
     return result
 
 
-def _log_start(start: RunStart, tracked: TrackedRun, records: Records) -> None:
+def _changes(attempt: Attempt | None, settings: ExperimentSettings, records: Records) -> list[str]:
+    """What changes for a run that goes on in its own folder, in sentences; `UserError` for what must not."""
+    if attempt is None or not attempt.in_place:
+        return []
+    changes = check_changes(attempt, settings)
+    if attempt.state is not None and attempt.state.dataset_digest != records.data.digest:
+        raise UserError(
+            f"--resume {attempt.folder}: {records.data.folder} holds other records than the run was begun with"
+        )
+    return changes
+
+
+def _begin(
+    start: RunStart, run_folder: RunFolder, attempt: Attempt | None, changes: list[str]
+) -> tuple[RunStart, Feeder]:
+    """Makes the folder the run's own, and begins to tell MLflow of it.
+
+    Raises:
+        UserError: MLflow will not take the run; the folder is then as it was.
+    """
+    settings, trial = start.settings, start.trial
+    tags = {
+        "device": start.device,
+        "dataset": start.dataset["name"],
+        "size": settings.model.model_size,
+        "adaptation": adaptation_name(settings),
+        "mlflow.source.name": "behrt train",
+    }
+    if trial is not None:
+        # the number as a tag too, which is there as soon as the run is
+        tags |= {PARENT_TAG: trial.study_run_id, TRIAL_NUMBER: str(trial.number), TRIAL_STATE: "RUNNING"}
+    former = _former_record(run_folder, attempt)
+    if former is not None:
+        tags |= {"resumed_with": "; ".join(changes)} if changes else {}
+        record = replace(former, tags={**former.tags, **tags}, status="RUNNING", ended=None)
+        run_folder.go_on(experiment_yaml(settings))
+    else:
+        record = new_record(
+            experiment=start.experiment,
+            name=None if trial is None else f"trial {trial.number}",
+            params={
+                **({} if trial is None else {TRIAL_NUMBER: trial.number}),
+                **settings.flat(),
+                "resolved.max_position": start.max_position,
+                "resolved.vocab_size": start.vocab_size,
+                "resolved.precision": start.precision,
+            },
+            tags=tags,
+            figures=_figures_of_start(start),
+            dataset=start.dataset,
+        )
+        run_folder.begin(experiment_yaml(settings))
+    record.save(run_folder.path)
+    feeder = Feeder(run_folder.path)
+    try:
+        run_id = feeder.wait_for_run()
+    except UserError:
+        if former is None:
+            run_folder.take_back()
+        else:
+            former.save(run_folder.path)
+        raise
+    return replace(start, key=record.key, run_id=run_id), feeder
+
+
+def _former_record(run_folder: RunFolder, attempt: Attempt | None) -> TrackingRecord | None:
+    """What MLflow holds of the run that goes on; None for a new run."""
+    if attempt is None or not attempt.in_place:
+        return None
+    try:
+        return TrackingRecord.load(run_folder.path)
+    except UserError:
+        if attempt.state is None:
+            raise
+    return new_record(experiment=attempt.state.experiment, params=attempt.settings.flat(), key=attempt.state.key)
+
+
+def _figures_of_start(start: RunStart) -> dict[str, float]:
     """What MLflow is told once per run."""
-    tracked.log_params(
-        {
-            "resolved.max_position": start.max_position,
-            "resolved.vocab_size": start.vocab_size,
-            "resolved.precision": start.precision,
-        }
-    )
-    tracked.log_dataset(name=records.data.name, digest=records.data.digest[:36], context="training")
     counts = start.counts
-    tracked.log_figures(
-        {
-            "total_parameters": counts["total"],
-            "trainable_parameters": counts["trainable"],
-            "trainable_percent": counts["trainable_percent"],
-            "lora_parameters": counts["lora"],
-            "lora_percent": counts["lora_percent"],
-            **start.baselines.figures(),
-        }
-    )
-    if start.transplant is not None:
-        tracked.log_figures(asdict(start.transplant))
+    return {
+        "total_parameters": counts["total"],
+        "trainable_parameters": counts["trainable"],
+        "trainable_percent": counts["trainable_percent"],
+        "lora_parameters": counts["lora"],
+        "lora_percent": counts["lora_percent"],
+        **start.baselines.figures(),
+        **({} if start.transplant is None else asdict(start.transplant)),
+    }
+
+
+def _tell_of_memory(result: RunResult, feeder: Feeder, listener: Listener, accumulation_steps: int) -> None:
+    """Memory ran out, and the training goes on in smaller micro-batches."""
+    result.accumulation_steps = accumulation_steps
+    feeder.tag({"accumulation_steps": f"{accumulation_steps} (memory ran out)"})
+    listener.memory_short(accumulation_steps)
 
 
 def _tell_again(
-    attempt: Attempt, result: RunResult, run_folder: RunFolder, tracked: TrackedRun, listener: Listener
+    attempt: Attempt, changes: list[str], result: RunResult, run_folder: RunFolder, listener: Listener
 ) -> None:
     """The epochs of the earlier attempt, to everybody who is told of epochs."""
-    result.last, result.best = attempt.epochs[-1], best_of(attempt.epochs)
-    for record in attempt.epochs:
-        tracked.log_figures(record.figures(), step=record.epoch)
-    result.checkup.update(run_folder.history)
-    listener.went_on(attempt.epochs)
+    if attempt.state is not None:
+        result.accumulation_steps, result.recoveries = attempt.state.accumulation_steps, attempt.state.recoveries
+    if attempt.epochs:
+        result.last, result.best = attempt.epochs[-1], best_of(attempt.epochs)
+        result.checkup.update(run_folder.history)
+    if attempt.in_place:
+        listener.resumed(changes)
+    if attempt.epochs:
+        listener.went_on(attempt.epochs)
 
 
 def _train(
     trainer: Trainer[PackedBatch],
+    keeper: Keeper,
     result: RunResult,
     run_folder: RunFolder,
-    tracked: TrackedRun,
-    keep: Callable[..., None],
+    feeder: Feeder,
     listener: Listener,
 ) -> None:
     """The epochs: each is kept on disk first, then sent to MLflow, then shown."""
     start, checkup = result.start, result.checkup
     last_plot = time.perf_counter()
-    run_folder.write_run(**{**result.as_dict(), "status": "RUNNING"})
     if result.last is not None and _ends(result.last, trainer, result, listener):  # of an attempt that it goes on with
         return
-    for record in trainer.epochs():
+    epochs = trainer.epochs()
+    while (record := next(epochs, None)) is not None:
+        if keeper.can_recover(record):
+            result.last = keeper.recover(result.model)
+            result.best, result.recoveries = best_of(keeper.epochs), keeper.recoveries
+            feeder.tag({"recoveries": str(keeper.recoveries)})
+            listener.recovered(record.epoch, result.last, trainer.rate_factor)
+            epochs = trainer.epochs()
+            continue
         result.last = record
-        run_folder.add_epoch(record)
-        keep(run_folder.checkpoints / "last", epoch=record.epoch, optimizer=trainer.optimizer)
+        keeper.add_epoch(record)
         if record.is_best:
             result.best = record
-            keep(run_folder.checkpoints / "best", epoch=record.epoch)
         before = checkup.diagnosis
         new = checkup.update(run_folder.history)
-        run_folder.write_run(**{**result.as_dict(), "status": "RUNNING"})
-        tracked.log_figures(record.figures(), step=record.epoch)
+        _write_run(result, run_folder, feeder, status="RUNNING")
+        feeder.changed()
         listener.epoch(record)
         for finding in new:
             listener.found(finding)
         if new or checkup.diagnosis.verdict != before.verdict:
-            _log_diagnosis(result, run_folder, tracked)
+            _log_diagnosis(result, run_folder, feeder)
         if _ends(record, trainer, result, listener):
             return
         if time.perf_counter() - last_plot > SECONDS_BETWEEN_PLOTS:
@@ -326,16 +413,23 @@ def _ends(record: EpochRecord, trainer: Trainer[PackedBatch], result: RunResult,
     return result.lost_to is not None or result.pruned
 
 
-def _log_diagnosis(result: RunResult, run_folder: RunFolder, tracked: TrackedRun) -> None:
+def _log_diagnosis(result: RunResult, run_folder: RunFolder, feeder: Feeder) -> None:
     """The diagnosis so far, on disk and as the tags by which runs are filtered."""
     with tolerated("writing the diagnosis"):
         run_folder.write_diagnosis(result.diagnosis.as_dict(), markdown(result.diagnosis))
-    tracked.tag({"diagnosis": result.diagnosis.verdict, "severity": result.diagnosis.severity})
+        feeder.tag({"diagnosis": result.diagnosis.verdict, "severity": result.diagnosis.severity})
+
+
+def _write_run(result: RunResult, run_folder: RunFolder, feeder: Feeder, *, status: str | None = None) -> None:
+    """`run.json` as things stand."""
+    result.run_id = feeder.run_id or result.run_id
+    result.tracking_complete = feeder.is_complete
+    run_folder.write_run(**{**result.as_dict(), "status": status or result.status})
 
 
 @contextmanager
 def _ending(
-    result: RunResult, run_folder: RunFolder, tracked: TrackedRun, started: float, listener: Listener
+    result: RunResult, run_folder: RunFolder, feeder: Feeder, started: float, stopper: Stopper
 ) -> Iterator[None]:
     """However a run ends, its folder and its MLflow run say how, with everything it has produced."""
     try:
@@ -349,34 +443,36 @@ def _ending(
         result.checkup.update(run_folder.history, out_of_memory=True)
         result.lost_to = result.checkup.reason_to_stop("error")
     finally:
-        listener.ending()
+        stopper.hold()
         result.seconds = time.perf_counter() - started
-        goes_on = result.outcome == "FAILED"  # perhaps: the state of the optimizer is kept
-        if not (result.refused or result.pruned):
-            result.checkup.update(run_folder.history, finished=True, stopped_early=result.stopped_early)
         try:
-            _log_diagnosis(result, run_folder, tracked)
-            if run_folder.history and result.start.trial is None:  # a trial's curves are the coordinator's to draw
-                draw_curves(run_folder.history, result.start.baselines, run_folder.plots, title=result.start.experiment)
-            if result.best is not None:
-                tracked.log_figures({"best_val_loss": result.best.val_loss, "best_epoch": result.best.epoch})
-            for path in (run_folder.checkpoints, run_folder.plots):
-                tracked.log_artifacts(path, under=path.name, leave_out=None if goes_on else OPTIMIZER_FILE)
-            if run_folder.history_file.exists():
-                tracked.log_artifacts(run_folder.history_file, under="logs")
-            for path in run_folder.diagnosis_files:
-                tracked.log_artifacts(path)
-            tracked.log_text(experiment_yaml(result.start.settings), "experiment.yaml")
-            tracked.log_text(json.dumps(result.as_dict(), indent=1), "run.json")
-        finally:
-            if result.start.trial is not None:
-                result.status = STATUS_OF_OUTCOME[result.outcome]
-                tracked.tag({"trial_state": result.outcome})
-            tracked.finish(result.status)
-            result.tracking_complete = tracked.is_complete
-            run_folder.write_run(**result.as_dict())
-            if not goes_on and result.start.trial is None:  # of a trial, once its study knows the end
-                (run_folder.checkpoints / "last" / OPTIMIZER_FILE).unlink(missing_ok=True)
+            _keep_end(result, run_folder, feeder)
+        except OSError as error:  # a full disk, above all; what ended the run is said after this
+            log.warning("%s: what the run came to cannot be written: %s", run_folder.path, error.strerror or error)
+        feeder.finish(silence=SECONDS_OF_SILENCE_WHEN_STOPPED if stopper.is_asked else SECONDS_OF_SILENCE)
+        with tolerated("writing run.json"):
+            _write_run(result, run_folder, feeder)
+
+
+def _keep_end(result: RunResult, run_folder: RunFolder, feeder: Feeder) -> None:
+    """Leaves in the folder what the run came to, and tells MLflow."""
+    start = result.start
+    if not (result.refused or result.pruned):
+        result.checkup.update(run_folder.history, finished=True, stopped_early=result.stopped_early)
+    _log_diagnosis(result, run_folder, feeder)
+    if run_folder.history and start.trial is None:  # a trial's curves are the coordinator's to draw
+        draw_curves(run_folder.history, start.baselines, run_folder.plots, title=start.experiment)
+    if result.best is not None:
+        feeder.add_figures({"best_val_loss": result.best.val_loss, "best_epoch": result.best.epoch})
+    status: RunStatus = result.status
+    if start.trial is not None:
+        status = STATUS_OF_OUTCOME[result.outcome]
+        feeder.tag({TRIAL_STATE: result.outcome})
+    result.status = status
+    if status == "FINISHED":
+        shutil.rmtree(run_folder.checkpoints / "previous", ignore_errors=True)
+    _write_run(result, run_folder, feeder)
+    feeder.update(status=status, ended=now())
 
 
 def count_configured(settings: ExperimentSettings) -> ParameterCounts:

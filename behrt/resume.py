@@ -1,34 +1,102 @@
-"""How does a run go on where an earlier attempt at it was cut off?
+"""How does a training go on where it was cut off?
 
-After every epoch the weights, the optimizer's state and the history are on the disk. Everything else that an epoch
-depends on (order, windows, masks, dropout, learning rate) is a function of seed, epoch and step, so that an attempt
-that goes on gives what the uninterrupted one would have given. Of an epoch that was cut off nothing is kept.
+A checkpoint from which it can go on holds the weights, the optimizer's state, the weights of the best epoch, and a
+`TrainingState`. Order, windows, masks, dropout and learning rate of a step are functions of (seed, epoch, step), so
+that no state of a random generator is among them, and a training that goes on is bit for bit the uninterrupted one.
+The last two checkpoints are kept: one that was cut short or changed is passed over for the one before it.
 """
 
 from __future__ import annotations
 
+import logging
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from behrt.batches import PackedBatch
-from behrt.checkpoints import OPTIMIZER_FILE, restore_checkpoint
-from behrt.config import ExperimentSettings, TrainingSettings, UserError, load_experiment
-from behrt.files import read_json
-from behrt.history import EPOCH_FIGURES, EpochRecord, RunFolder, read_history
+from behrt.checkpoints import (
+    STATE_FILE,
+    Training,
+    load_checkpoint,
+    read_best_weights,
+    read_training_state,
+    restore_checkpoint,
+)
+from behrt.config import ExperimentSettings, TrainingSettings, UserError, build_settings, load_experiment
+from behrt.feeding import MIRRORS, RESUME_ARTIFACTS, TrackingRecord
+from behrt.history import EPOCH_FIGURES, EpochRecord, RunFolder, finite
 from behrt.model import BEHRTForMaskedLM
-from behrt.runs import load_base_again
-from behrt.trainer import EarlyStopping, Trainer
+from behrt.runs import find_local_run, is_run_id, load_base_again
+from behrt.tracking import download_artifacts
+from behrt.trainer import EarlyStopping, Position, Trainer, learning_rate_at
+
+log = logging.getLogger(__name__)
+
+MAY_CHANGE = (
+    "training.epochs",
+    "training.early_stopping_patience",
+    "training.device",
+    "training.checkpoint_minutes",
+    "training.recover",
+    "training.stop_on",
+    "data.data",
+)
+"""Settings that a run may go on with another value of; the records of another `data` must be the same ones."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """What a training that goes on has to know beside weights and optimizer.
+
+    Attributes:
+        key, run_id, experiment: of the run, its own id and MLflow's.
+        settings: nested, as in `experiment.yaml`.
+        dataset_digest: of the prepared records.
+        history: of the epochs that are done.
+        position: inside the epoch that comes after them.
+        accumulation_steps: in use; doubled wherever memory ran out.
+        rate_factor: by which the schedule's rates are multiplied; `recoveries`, how often it was lowered.
+    """
+
+    key: str
+    run_id: str | None
+    experiment: str
+    settings: Mapping[str, Any]
+    dataset_digest: str
+    history: Mapping[str, Sequence[Mapping[str, Any]]]
+    position: Mapping[str, Any]
+    accumulation_steps: int
+    rate_factor: float
+    recoveries: int
+
+    def as_dict(self) -> dict[str, Any]:
+        values: dict[str, Any] = finite(asdict(self))
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """What an attempt left: its folder, and the epochs up to its last checkpoint (at least one)."""
+    """What an attempt left: its folder, and the checkpoint to go on from; None where it was cut off before the first.
+
+    Attributes:
+        settings: it ran with.
+        epochs: that are done at the checkpoint.
+        in_place: whether the run goes on in `folder` itself, under its own id.
+    """
 
     folder: Path
-    epochs: tuple[EpochRecord, ...]
+    settings: ExperimentSettings
+    checkpoint: Path | None = None
+    state: TrainingState | None = None
+    epochs: tuple[EpochRecord, ...] = ()
+    in_place: bool = False
+
+    @property
+    def position(self) -> Position:
+        return Position() if self.state is None else Position(**self.state.position)
 
 
 def find_attempt(folder: Path, settings: ExperimentSettings) -> Attempt | None:
@@ -37,26 +105,186 @@ def find_attempt(folder: Path, settings: ExperimentSettings) -> Attempt | None:
     Raises:
         UserError: it had other settings, or left damaged files.
     """
-    left = RunFolder(folder)
-    last = left.checkpoints / "last"
-    if not (last / OPTIMIZER_FILE).exists():
+    attempt = _attempt_in(folder, settings)
+    if attempt is None:
         return None
-    former = load_experiment(left.settings_file)
-    differing = [name for name, value in former.flat().items() if settings.flat()[name] != value]
+    differing = [name for name, value in attempt.settings.flat().items() if settings.flat()[name] != value]
     if differing:
         raise UserError(f"{folder}: was trained with another {differing[0]}; it cannot go on with these settings")
-    epochs = epoch_records(read_history(folder), settings.training)
-    done = read_json(last / "checkpoint.json", missing=f"{folder} holds no checkpoint").get("epoch")
-    if not isinstance(done, int) or not 1 <= done <= len(epochs):
-        raise UserError(f"{folder}: is damaged; its history does not reach its last checkpoint")
-    return Attempt(folder, tuple(epochs[:done]))
+    return attempt
+
+
+def _attempt_in(folder: Path, settings: ExperimentSettings | None) -> Attempt | None:
+    """The attempt at the latest checkpoint that is whole, with the patience that `settings` (its own, if None) have.
+
+    Raises:
+        UserError: there are checkpoints, and none of them is whole.
+    """
+    checkpoints = RunFolder(folder).checkpoints
+    places = [checkpoints / name for name in ("last", "previous") if (checkpoints / name).is_dir()]
+    if not any((place / STATE_FILE).exists() for place in places):
+        return None
+    why_not: list[str] = []
+    for place in places:
+        try:
+            attempt = read_attempt(folder, place, settings)
+        except UserError as error:
+            why_not.append(str(error))
+            continue
+        if why_not:
+            log.warning("%s; the run goes on from the checkpoint before it", why_not[0])
+        return attempt
+    raise UserError(f"{folder}: has no checkpoint to go on from: {'; '.join(why_not)}")
+
+
+def read_attempt(folder: Path, checkpoint: Path, settings: ExperimentSettings | None = None) -> Attempt:
+    """The attempt at one checkpoint.
+
+    Raises:
+        UserError: it is not whole.
+    """
+    values = read_training_state(checkpoint)
+    load_checkpoint(checkpoint, load_base=load_base_again)
+    try:
+        state = TrainingState(**values)
+        own = build_settings(state.settings, where=str(checkpoint / STATE_FILE))
+        epochs = tuple(epoch_records(state.history, (settings or own).training))
+        attempt = Attempt(folder=folder, settings=own, checkpoint=checkpoint, state=state, epochs=epochs)
+        if attempt.position.epoch != len(epochs) + 1:
+            raise ValueError
+    except (TypeError, ValueError, KeyError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{checkpoint / STATE_FILE}: is damaged; choose another checkpoint") from None
+    return attempt
+
+
+def attempt_to_resume(target: str, download_to: Callable[[TrainingState], Path]) -> Attempt:
+    """The attempt that `behrt train --resume TARGET` goes on with, in its own folder.
+
+    Args:
+        target: the folder of a run, or an MLflow run id; of one whose folder is gone, the checkpoint comes from MLflow.
+        download_to: the folder in which such a run goes on.
+
+    Raises:
+        UserError: there is no such run, or nothing to go on from.
+    """
+    folder: Path | None = Path(target)
+    if not Path(target).is_dir():
+        if not is_run_id(target):
+            raise UserError(f"--resume: {target}: no such folder, and not an MLflow run id (32 hexadecimal digits)")
+        folder = find_local_run(target)
+    if folder is None:
+        return _attempt_from_mlflow(target, download_to)
+    try:
+        attempt = _attempt_in(folder, None)
+    except UserError as error:
+        raise UserError(f"--resume: {error}") from None
+    record = TrackingRecord.load(folder)  # refuses a folder that holds no run at all
+    if "trial_state" in record.tags:
+        raise UserError(f"--resume: {folder}: is a trial of a study; behrt sweep run goes on with the study")
+    if attempt is None:
+        attempt = Attempt(folder=folder, settings=load_experiment(RunFolder(folder).settings_file))
+    return replace(attempt, in_place=True)
+
+
+def _attempt_from_mlflow(run_id: str, download_to: Callable[[TrainingState], Path]) -> Attempt:
+    """Brings the latest whole checkpoint of a run from MLflow into a folder of its own."""
+    with tempfile.TemporaryDirectory(prefix="behrt-resume-") as scratch:
+        if not download_artifacts(run_id, RESUME_ARTIFACTS, Path(scratch)):
+            raise UserError(
+                f"--resume: {run_id}: no folder here holds it, and MLflow has no checkpoint of it to go on from "
+                "(of a run that finished, none is kept there)"
+            )
+        found: list[Attempt] = []
+        why_not: list[str] = []
+        for mirror in MIRRORS:
+            try:
+                found.append(read_attempt(Path(scratch), Path(scratch, RESUME_ARTIFACTS, mirror)))
+            except UserError as error:
+                why_not.append(str(error))
+        if not found:
+            raise UserError(f"--resume: {run_id}: no checkpoint in MLflow is whole: {'; '.join(why_not)}")
+        latest = max(found, key=lambda attempt: (attempt.position.epoch, attempt.position.step))
+        assert latest.state is not None
+        assert latest.checkpoint is not None
+        folder = download_to(latest.state)
+        run_folder = RunFolder(folder)
+        run_folder.claim()
+        try:
+            run_folder.take_in(latest.checkpoint, latest.state.history, latest.state.settings)
+        finally:
+            run_folder.release()
+    return replace(read_attempt(folder, run_folder.checkpoints / "last"), in_place=True)
+
+
+def check_changes(attempt: Attempt, settings: ExperimentSettings) -> list[str]:
+    """What changes for a run that goes on with these settings, in sentences.
+
+    Raises:
+        UserError: something changes that must not; or nothing is left to train.
+    """
+    before, after = attempt.settings.flat(), settings.flat()
+    changed = [name for name in before if before[name] != after[name]]
+    forbidden = [name for name in changed if name not in MAY_CHANGE]
+    if forbidden:
+        differences = ", ".join(f"{name} {_shown(before[name])} -> {_shown(after[name])}" for name in forbidden)
+        allowed = ", ".join(flag_of(name) for name in MAY_CHANGE)
+        raise UserError(
+            f"--resume {attempt.folder}: the run was begun with other settings: {differences}; leave these out, or "
+            f"train a new run with them (a run may go on with another {allowed})"
+        )
+    if attempt.state is not None:
+        stopping = EarlyStopping(settings.training.early_stopping_patience, settings.training.early_stopping_min_delta)
+        for record in attempt.epochs:
+            stopping.update(record.val_loss)
+        if len(attempt.epochs) >= settings.training.epochs:
+            raise UserError(
+                f"--resume {attempt.folder}: all {len(attempt.epochs)} epochs are trained; for more of them say "
+                f"--epochs {2 * len(attempt.epochs)}"
+            )
+        if stopping.should_stop:
+            raise UserError(
+                f"--resume {attempt.folder}: patience is spent ({stopping.epochs_without_improvement} epochs without a "
+                "better val_loss); to train on, raise --early-stopping-patience"
+            )
+    sentences = [f"{name} {_shown(before[name])} -> {_shown(after[name])}" for name in changed]
+    if "training.epochs" in changed:
+        sentences.append(schedule_change(attempt, settings))
+    return sentences
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.partition(".")[2].replace("_", "-")
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+def schedule_change(attempt: Attempt, settings: ExperimentSettings) -> str:
+    """What another number of epochs does to the learning rate of the next epoch."""
+    before, after = attempt.settings.training, settings.training
+    done = len(attempt.epochs)
+    # the schedule depends on the share of all steps alone: epochs of 1000 steps say the same as those of the run
+    rates = [
+        learning_rate_at(min(done, training.epochs) * 1000, training.epochs * 1000, training)
+        for training in (before, after)
+    ]
+    if rates[0] == rates[1]:
+        return f"the {after.schedule} schedule gives epoch {done + 1} the learning rate that it would have had"
+    return (
+        f"the {after.schedule} schedule is that of {after.epochs} epochs from here on: the learning rate after epoch "
+        f"{done} is {rates[1]:.3g} instead of {rates[0]:.3g}, so that the run is not the one that "
+        f"{after.epochs} epochs from the start would have been"
+    )
 
 
 def epoch_records(history: Mapping[str, Sequence[Mapping[str, Any]]], training: TrainingSettings) -> list[EpochRecord]:
     """The epochs of a history of our own, with what patience made of them."""
     stopping = EarlyStopping(training.early_stopping_patience, training.early_stopping_min_delta)
     records = []
-    for number in range(len(history["val_loss"])):
+    for number in range(len(history.get("val_loss", ()))):
         values = {name: history[name][number]["value"] for name in EPOCH_FIGURES}
         figures = {name: math.nan if value is None else value for name, value in values.items()}
         is_best = stopping.update(figures["val_loss"])
@@ -76,23 +304,30 @@ def best_of(epochs: Sequence[EpochRecord]) -> EpochRecord | None:
     return next((record for record in reversed(epochs) if record.is_best), None)
 
 
-def go_on(
-    attempt: Attempt,
-    run_folder: RunFolder,
-    model: BEHRTForMaskedLM,
-    trainer: Trainer[PackedBatch],
-    keep: Callable[..., None],
-) -> None:
-    """Puts model and trainer to where the attempt's last checkpoint was saved, and its epochs and checkpoints into
-    `run_folder`; `keep` saves the model as a checkpoint."""
-    run_folder.take_over(attempt.folder, attempt.epochs)
-    last, best = run_folder.checkpoints / "last", run_folder.checkpoints / "best"
-    best_epoch = best_of(attempt.epochs)
-    if best_epoch is not None and best_epoch.epoch < attempt.epochs[-1].epoch:
-        restore_checkpoint(best, model, load_base=load_base_again)
+def state_to_keep(trainer: Trainer[PackedBatch], best: EpochRecord | None, state: TrainingState) -> Training:
+    """What a checkpoint holds beside the weights, as the trainer stands now."""
+    position = Position(**state.position)
+    is_best_itself = best is not None and best.epoch == position.epoch - 1 and position.step == 0
+    best_weights = {} if best is None or is_best_itself else trainer.best_weights
+    return Training(optimizer=trainer.optimizer, best_weights=best_weights, state=state.as_dict())
+
+
+def go_on(attempt: Attempt, model: BEHRTForMaskedLM, trainer: Trainer[PackedBatch]) -> None:
+    """Puts model and trainer to where the attempt's checkpoint was saved."""
+    assert attempt.checkpoint is not None
+    assert attempt.state is not None
+    restore_checkpoint(attempt.checkpoint, model, trainer.optimizer, load_base=load_base_again)
+    trainer.accumulation_steps = attempt.state.accumulation_steps
+    trainer.rate_factor = attempt.state.rate_factor
+    trainer.best_weights = read_best_weights(attempt.checkpoint)
+    if not trainer.best_weights and best_of(attempt.epochs) is not None:
         trainer.keep_as_best()
-    restore_checkpoint(last, model, trainer.optimizer, load_base=load_base_again)
-    if best_epoch is attempt.epochs[-1]:  # the attempt may have ended before it could save these weights as its best
-        trainer.keep_as_best()
-        keep(best, epoch=best_epoch.epoch)
-    trainer.go_on_after(attempt.epochs)
+    trainer.go_on(attempt.epochs, attempt.position)
+
+
+def history_of(epochs: Sequence[EpochRecord]) -> dict[str, list[dict[str, Any]]]:
+    """The epochs in the form of `metrics_history.json`; what `epoch_records` reads back."""
+    return {
+        name: [{"epoch": record.epoch, "value": finite(record.figures()[name])} for record in epochs]
+        for name in EPOCH_FIGURES
+    }

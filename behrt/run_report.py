@@ -51,8 +51,14 @@ class Listener:
     def found(self, finding: Finding) -> None:
         """The epoch showed something new."""
 
-    def ending(self) -> None:
-        """The training is over, however it ended; what it produced is kept next."""
+    def resumed(self, changes: Sequence[str]) -> None:
+        """The run goes on in its own folder, with these changes; `went_on` follows."""
+
+    def recovered(self, lost_epoch: int, record: EpochRecord | None, rate_factor: float) -> None:
+        """A loss was no number: the run went back to after `record`, with its learning rates times `rate_factor`."""
+
+    def memory_short(self, accumulation_steps: int) -> None:
+        """The device ran out of memory; steps are computed in more, smaller micro-batches from now on."""
 
 
 TrialOutcome = Literal["COMPLETE", "PRUNED", "FAILED"]
@@ -71,11 +77,18 @@ class StudyTrial:
 
 @dataclass(frozen=True, kw_only=True)
 class RunStart:
-    """What is known of a run before its first epoch; `dataset` has the `name` and `digest` of the prepared records."""
+    """What is known of a run before its first epoch.
+
+    Attributes:
+        key: the run's own id.
+        run_id: MLflow's id of it; None where MLflow did not answer in time.
+        dataset: `name` and `digest` of the prepared records.
+    """
 
     experiment: str
     folder: Path
-    run_id: str
+    key: str
+    run_id: str | None
     dataset: dict[str, str]
     settings: ExperimentSettings
     device: str
@@ -100,6 +113,9 @@ class RunResult:
         refused: whether the pre-flight kept it from training.
         lost_to: the finding that ended it, where one did.
         pruned: whether its listener ended it.
+        run_id: MLflow's id of the run, as soon as it is known.
+        accumulation_steps: micro-batches of a step, doubled wherever memory ran out.
+        recoveries: how often the run went back to a checkpoint because a loss was no number.
     """
 
     start: RunStart
@@ -114,7 +130,13 @@ class RunResult:
     stopped_early: bool = False
     seconds: float = 0.0
     tracking_uri: str = field(default_factory=shown_uri)
-    tracking_complete: bool = True
+    tracking_complete: bool = False
+    run_id: str | None = None
+    accumulation_steps: int | None = None
+    recoveries: int = 0
+
+    def __post_init__(self) -> None:
+        self.run_id = self.run_id or self.start.run_id
 
     @property
     def diagnosis(self) -> Diagnosis:
@@ -142,7 +164,8 @@ class RunResult:
         start, best, last = self.start, self.best, self.last
         values: dict[str, Any] = finite(
             {
-                "run_id": start.run_id,
+                "run_id": self.run_id,
+                "run_key": start.key,
                 "experiment": start.experiment,
                 "dataset": start.dataset,
                 "tracking_uri": self.tracking_uri,
@@ -161,6 +184,8 @@ class RunResult:
                 "epochs": last.epoch if last else 0,
                 "last": last.figures() if last else None,
                 "stopped_early": self.stopped_early,
+                "accumulation_steps": self.accumulation_steps or start.settings.training.accumulation_steps,
+                "recoveries": self.recoveries,
                 "seconds": round(self.seconds, 3),
                 "baselines": start.baselines.figures(),
                 "parameters": dict(start.counts),

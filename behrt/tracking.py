@@ -12,11 +12,12 @@ import logging
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -38,14 +39,41 @@ for _name, _value in (
     ("MLFLOW_DISABLE_TELEMETRY", "true"),
     ("DO_NOT_TRACK", "true"),
     ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
-    ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"),
+    ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1"),
     ("MLFLOW_HTTP_REQUEST_TIMEOUT", "10"),
 ):
     os.environ.setdefault(_name, _value)
 
 
 class StoreUnavailable(UserError):
-    """The store cannot be opened. No run is to blame."""
+    """The store cannot be opened. No run is to blame.
+
+    Attributes:
+        may_pass: whether it may serve later: a server that is down, a disk that is full; not a wrong password.
+    """
+
+    def __init__(self, message: str, *, may_pass: bool = True) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass
+
+
+LASTING_REASONS = re.compile(
+    r"error code 40[0134]\b|not a database|[Uu]nsupported|parse SQLAlchemy URL|Can't load plugin|No module named"
+)
+"""In the words of MLflow and SQLAlchemy: what waiting does not mend."""
+
+
+def reason_of(error: Exception) -> str:
+    """An error of the store in one line, without a password."""
+    return " ".join(str(error).replace(tracking_uri(), shown_uri()).split())[:200]
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether the store may answer otherwise in a while."""
+    if isinstance(error, StoreUnavailable):
+        return error.may_pass
+    lasting = (UserError, FileExistsError, NotADirectoryError, ValueError)
+    return not isinstance(error, lasting) and LASTING_REASONS.search(str(error)) is None
 
 
 PARENT_TAG = "mlflow.parentRunId"
@@ -100,8 +128,10 @@ def connect() -> MlflowClient:
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
     except Exception as error:  # MLflow's own, SQLAlchemy's, the network's, the disk's
-        reason = " ".join(str(error).replace(uri, shown_uri()).split())[:200]
-        raise StoreUnavailable(f"MLFLOW_TRACKING_URI: {shown_uri()}: the store cannot be opened: {reason}") from None
+        raise StoreUnavailable(
+            f"MLFLOW_TRACKING_URI: {shown_uri()}: the store cannot be opened: {reason_of(error)}",
+            may_pass=may_pass(error),
+        ) from None
     return client
 
 
@@ -124,10 +154,9 @@ def experiment_id(client: MlflowClient, name: str) -> str:
 
 
 class TrackedRun:
-    """One MLflow run, from its first parameter to its final status.
+    """The MLflow run of a study, or one that is told more of; trainings are told by `feeding`.
 
-    Once it exists, a store that fails does not end a training: the history on disk is complete. The first failure is
-    logged as a warning, and `is_complete` says afterwards whether everything arrived.
+    Once it exists, a store that fails ends nothing: the first failure is logged as a warning.
 
     Args:
         experiment: name of the folder under `experiments/`, and of the MLflow experiment.
@@ -135,7 +164,6 @@ class TrackedRun:
         tags: what the run is filtered by.
         source: the command that made the run.
         name: of the run; MLflow makes one up if None.
-        study_run_id, trial_number: of a run that is a trial, the run of its study and its number there.
 
     Raises:
         UserError: the store cannot be opened, or the experiment was deleted there.
@@ -147,16 +175,9 @@ class TrackedRun:
         experiment: str,
         params: Mapping[str, Any],
         tags: Mapping[str, str],
-        source: str = "behrt train",
+        source: str = "behrt sweep run",
         name: str | None = None,
-        study_run_id: str | None = None,
-        trial_number: int | None = None,
     ) -> None:
-        if study_run_id is not None:
-            name = f"trial {trial_number}"
-            params = {TRIAL_NUMBER: trial_number, **params}
-            # as a tag too, which is there as soon as the run is
-            tags = {**tags, PARENT_TAG: study_run_id, TRIAL_NUMBER: str(trial_number), TRIAL_STATE: "RUNNING"}
         self.is_complete = True
         self._client = connect()
         self.experiment_id = experiment_id(self._client, experiment)
@@ -191,11 +212,7 @@ class TrackedRun:
             yield
         except Exception as error:  # MLflow's own, SQLAlchemy's, the network's, the disk's
             if self.is_complete:
-                log.warning(
-                    "MLflow at %s failed (%s); the training goes on, its history on disk is complete",
-                    shown_uri(),
-                    " ".join(str(error).split())[:200],
-                )
+                log.warning("MLflow at %s failed (%s); the study goes on without it", shown_uri(), reason_of(error))
             self.is_complete = False
 
     def log_params(self, params: Mapping[str, Any]) -> None:
@@ -215,27 +232,13 @@ class TrackedRun:
         with self._tolerated():
             self._client.log_batch(self.run_id, metrics=entities)
 
-    def log_dataset(self, *, name: str, digest: str, context: str) -> None:
-        """The data set that the run used, by name and digest (at most 36 characters)."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        dataset = Dataset(name, digest, source_type="code", source=json.dumps({"tags": {"made_by": "behrt prepare"}}))
-        with self._tolerated():
-            self._client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
-
-    def log_artifacts(self, path: Path, *, under: str | None = None, leave_out: str | None = None) -> None:
-        """A file, or everything in a folder but files named `leave_out`, below the artifact folder `under`."""
+    def log_artifacts(self, path: Path, *, under: str | None = None) -> None:
+        """A file, or everything in a folder, below the artifact folder `under`."""
         files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
         with self._tolerated():
             for file in files:
                 place = PurePosixPath(under or "", file.relative_to(path).parent)
-                if file.name != leave_out:
-                    self._client.log_artifact(self.run_id, str(file), None if str(place) == "." else str(place))
-
-    def log_text(self, text: str, name: str) -> None:
-        """A small text file at the top of the artifacts."""
-        with self._tolerated():
-            self._client.log_text(self.run_id, text, name)
+                self._client.log_artifact(self.run_id, str(file), None if str(place) == "." else str(place))
 
     def tag(self, tags: Mapping[str, str]) -> None:
         """What the run is filtered by."""
@@ -292,6 +295,121 @@ class TrackedRun:
             self._client.set_terminated(trial.run_id, status)
 
 
+RUN_KEY = "run_key"
+"""Tag that names a run by the id that its folder gave it, whatever id the store gave it."""
+
+
+class RunPoint(NamedTuple):
+    """One value of a metric; `timestamp` in milliseconds since 1970."""
+
+    name: str
+    value: float
+    timestamp: int
+    step: int
+
+
+class StoredRun:
+    """One run as it stands in the store; every method is one request, and raises what the store raises.
+
+    Raises:
+        UserError: the store cannot be opened, the experiment or the run was deleted there.
+    """
+
+    def __init__(self, client: MlflowClient, run_id: str, *, is_new: bool) -> None:
+        self._client = client
+        self.run_id = run_id
+        self.is_new = is_new
+
+    @classmethod
+    def of(
+        cls, client: MlflowClient, *, experiment: str, key: str, run_id: str | None, name: str | None, started: int
+    ) -> Self:
+        """The run of this key, created where the store has none.
+
+        Args:
+            run_id: under which this store has it, if that is known.
+            started: milliseconds since 1970.
+        """
+        from mlflow.entities import ViewType
+
+        if run_id is not None:
+            if client.get_run(run_id).info.lifecycle_stage == "deleted":
+                raise UserError(f"{run_id}: was deleted in MLflow; restore it there")
+            return cls(client, run_id, is_new=False)
+        number = experiment_id(client, experiment)
+        # created by a request whose answer was lost, perhaps
+        found = client.search_runs([number], f"tags.{RUN_KEY} = '{key}'", run_view_type=ViewType.ALL)
+        if found and found[0].info.lifecycle_stage == "deleted":
+            raise UserError(f"{found[0].info.run_id}: was deleted in MLflow; restore it there")
+        if found:
+            return cls(client, found[0].info.run_id, is_new=False)
+        run = client.create_run(number, start_time=started, tags={RUN_KEY: key, **_commit_tag()}, run_name=name)
+        return cls(client, run.info.run_id, is_new=True)
+
+    def params(self) -> set[str]:
+        """Names of the parameters that it has."""
+        return set(self._client.get_run(self.run_id).data.params)
+
+    def has_dataset(self) -> bool:
+        inputs = self._client.get_run(self.run_id).inputs
+        return inputs is not None and bool(inputs.dataset_inputs)
+
+    def steps_of(self, metric: str) -> set[int]:
+        """The steps at which it has a value."""
+        return {point.step for point in self._client.get_metric_history(self.run_id, metric)}
+
+    def log_params(self, params: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
+
+        self._client.log_batch(self.run_id, params=[Param(*pair) for pair in params.items()])
+
+    def log_points(self, points: Sequence[RunPoint]) -> None:
+        """Metrics, in as few requests as MLflow takes."""
+        from mlflow.entities import Metric
+
+        for batch in batched(points, 1000):
+            self._client.log_batch(self.run_id, metrics=[Metric(*point) for point in batch])
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        self._client.log_batch(self.run_id, tags=[RunTag(*pair) for pair in tags.items()])
+
+    def log_dataset(self, *, name: str, digest: str) -> None:
+        """The records that the run trains on, by name and digest (36 characters of it)."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        made_by = json.dumps({"tags": {"made_by": "behrt prepare"}})
+        dataset = Dataset(name, digest[:36], source_type="code", source=made_by)
+        self._client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+
+    def upload(self, file: Path, place: str) -> None:
+        """A file as the artifact at `place`, which is replaced."""
+        folder, _, name = place.rpartition("/")
+        if file.name == name:
+            self._client.log_artifact(self.run_id, str(file), folder or None)
+            return
+        with tempfile.TemporaryDirectory() as here:
+            shutil.copyfile(file, Path(here) / name)
+            self._client.log_artifact(self.run_id, str(Path(here) / name), folder or None)
+
+    def delete_artifacts(self, place: str) -> None:
+        """A folder of artifacts, where there is one."""
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        if place in {found.path for found in self._client.list_artifacts(self.run_id)}:
+            uri = self._client.get_run(self.run_id).info.artifact_uri
+            repository = get_artifact_repository(uri, tracking_uri=tracking_uri())
+            repository.delete_artifacts(place)  # type: ignore[no-untyped-call]
+
+    def set_status(self, status: RunStatus | Literal["RUNNING"], *, ended: int | None) -> None:
+        """`ended` in milliseconds since 1970; None while it runs."""
+        if status == "RUNNING":
+            self._client.update_run(self.run_id, status=status)
+        else:
+            self._client.set_terminated(self.run_id, status, end_time=ended)
+
+
 class TrackedTrial(NamedTuple):
     """A trial as the store has it: `status` is MLflow's, `state` the tag `trial_state`."""
 
@@ -316,20 +434,46 @@ def _commit_tag() -> dict[str, str]:
     return {"mlflow.source.git.commit": commit}
 
 
+def batched(items: Sequence[RunPoint], size: int) -> Iterator[Sequence[RunPoint]]:
+    """So many at a time."""
+    for first in range(0, len(items), size):
+        yield items[first : first + size]
+
+
 def download_checkpoints(run_id: str) -> Path:
-    """The checkpoints of a run, from its artifacts.
+    """The checkpoints of a run, from its artifacts, in a folder below `mlruns/downloads`.
 
     Raises:
         UserError: the store has no such run, or the run has no checkpoints.
     """
-    client = connect()
     destination = store_folder() / "downloads" / run_id
-    try:
-        with replacing_folder(destination) as beside:
-            client.download_artifacts(run_id, "checkpoints", str(beside))
-    except Exception:  # whatever the store says, there is nothing to load
-        raise UserError(f"{run_id}: {shown_uri()} has no such run, or the run has no checkpoints") from None
+    with replacing_folder(destination) as beside:
+        if not download_artifacts(run_id, "checkpoints", beside):
+            raise UserError(f"{run_id}: {shown_uri()} has no such run, or the run has no checkpoints")
     return destination
+
+
+def download_artifacts(run_id: str, place: str, destination: Path) -> bool:
+    """Brings the artifact folder `place` of a run into `destination`; False where there is nothing of it.
+
+    Raises:
+        UserError: the store cannot be opened.
+    """
+    client = connect()
+    try:
+        client.download_artifacts(run_id, place, str(destination))
+    except Exception:  # whatever the store says, there is nothing to load
+        return False
+    return True
+
+
+def tags_of(run_id: str) -> Mapping[str, str]:
+    """The tags of a run. Raises `UserError` where the store has none of that id."""
+    client = connect()
+    try:
+        return dict(client.get_run(run_id).data.tags)
+    except Exception:  # whatever the store says, there is nothing to read
+        raise UserError(f"{run_id}: {shown_uri()} has no such run") from None
 
 
 @dataclass(frozen=True)

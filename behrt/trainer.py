@@ -12,13 +12,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Generic, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import nn
 
 from behrt.config import TrainingSettings
+from behrt.devices import free_cached_memory, is_out_of_memory
 from behrt.history import EpochRecord
 from behrt.masking import Stream, torch_seed
 
@@ -34,6 +36,8 @@ class Batch(Protocol):
 
     def to(self, device: torch.device) -> Self: ...
 
+    def halves(self) -> tuple[Self, Self] | None: ...
+
 
 B = TypeVar("B", bound=Batch)
 
@@ -44,7 +48,7 @@ class StepSource(Protocol[B]):
     @property
     def steps_per_epoch(self) -> int: ...
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[B]]: ...
+    def epoch(self, epoch: int, first_step: int = 0, *, accumulation_steps: int | None = None) -> Iterator[list[B]]: ...
 
 
 class LossSums(NamedTuple):
@@ -64,6 +68,38 @@ class Evaluation(NamedTuple):
 
     loss: float
     accuracy: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """How far a training is: inside an epoch, and what that epoch has summed up so far.
+
+    Attributes:
+        epoch: the one that is being trained, from 1.
+        step: optimizer steps of it that are done.
+        loss, gradient_norm: float32 sums over these steps; their exact values, so that a sum goes on to the last bit.
+        tokens, scored: counts over these steps.
+        training_seconds: that they took.
+    """
+
+    epoch: int = 1
+    step: int = 0
+    loss: float = 0.0
+    gradient_norm: float = 0.0
+    tokens: int = 0
+    scored: int = 0
+    training_seconds: float = 0.0
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
+
+
+@dataclass
+class Attempt:
+    """What came of something that may take more memory than there is; `error` where it did."""
+
+    error: Exception | None = None
 
 
 class EarlyStopping:
@@ -138,6 +174,13 @@ class Trainer(Generic[B]):
         train_evaluation, validation: what both are evaluated on, the same at every epoch.
         precision: dtype of the matrix products (`devices.choose_precision`).
         on_step: called with (step, steps_per_epoch) after each optimizer step.
+        pause: called wherever weights, optimizer and `position()` belong together: between micro-batches and between
+            the batches of an evaluation. The caller may save them there, or raise to end the training.
+        on_memory: called with the new number of accumulation steps where the device ran out of memory.
+
+    Attributes:
+        accumulation_steps: micro-batches that a step is computed in; doubled where memory runs out.
+        rate_factor: by which every learning rate of the schedule is multiplied.
     """
 
     def __init__(
@@ -152,10 +195,13 @@ class Trainer(Generic[B]):
         device: torch.device,
         precision: torch.dtype = torch.float32,
         on_step: Callable[[int, int], None] = lambda step, steps: None,
+        pause: Callable[[], None] = lambda: None,
+        on_memory: Callable[[int], None] = lambda accumulation_steps: None,
     ) -> None:
         self.model = model
-        self.stopping = EarlyStopping(settings.early_stopping_patience, settings.early_stopping_min_delta)
         self.optimizer = make_optimizer(model, settings)
+        self.accumulation_steps = settings.accumulation_steps
+        self.rate_factor = 1.0
         self._loss = loss
         self._steps = steps
         self._train_evaluation = train_evaluation
@@ -164,8 +210,44 @@ class Trainer(Generic[B]):
         self._device = device
         self._precision = precision
         self._on_step = on_step
+        self._pause = pause
+        self._on_memory = on_memory
         self._best: dict[str, torch.Tensor] = {}
-        self._epochs_done = 0
+        self.go_on((), Position())
+
+    def go_on(self, epochs: Sequence[EpochRecord], position: Position) -> None:
+        """Counts `epochs` as trained: `epochs()` goes on at `position`, with the patience that they left.
+
+        Model, optimizer and best weights are the caller's to put back. Everything else that a step depends on is a
+        function of epoch and step.
+        """
+        assert position.epoch == len(epochs) + 1
+        self.stopping = EarlyStopping(self._settings.early_stopping_patience, self._settings.early_stopping_min_delta)
+        for record in epochs:
+            self.stopping.update(record.val_loss)
+        self._begin(position)
+
+    def _begin(self, position: Position) -> None:
+        """Stands at `position` from now on."""
+        self._done = position
+        # Summed on the device and read where they are needed: reading at every step would make a GPU wait for the CPU.
+        self._loss_sum, self._norm_sum = (
+            torch.tensor(value, dtype=torch.float32, device=self._device)
+            for value in (position.loss, position.gradient_norm)
+        )
+
+    def position(self) -> Position:
+        """Where the training is; the weights are those after the last step that it counts."""
+        return replace(self._done, loss=self._loss_sum.item(), gradient_norm=self._norm_sum.item())
+
+    @property
+    def best_weights(self) -> dict[str, torch.Tensor]:
+        """What is trained, by name, as it was after the best epoch; empty before there is one."""
+        return self._best
+
+    @best_weights.setter
+    def best_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        self._best = weights
 
     def keep_as_best(self) -> None:
         """Remembers the weights as they are now: those that `restore_best` puts back."""
@@ -175,28 +257,21 @@ class Trainer(Generic[B]):
             if parameter.requires_grad
         }
 
-    def go_on_after(self, epochs: Sequence[EpochRecord]) -> None:
-        """Counts `epochs` as trained: `epochs()` goes on behind them, with the patience that they left.
-
-        Model, optimizer and best weights (`keep_as_best`) are the caller's to put back. Everything else that an epoch
-        depends on is a function of its number.
-        """
-        self._epochs_done = len(epochs)
-        for record in epochs:
-            self.stopping.update(record.val_loss)
-
     @property
     def is_over(self) -> bool:
         """Whether the last epoch is trained, or patience is spent."""
-        return self._epochs_done >= self._settings.epochs or self.stopping.should_stop
+        return self._done.epoch > self._settings.epochs or self.stopping.should_stop
 
     def epochs(self) -> Iterator[EpochRecord]:
-        """Trains epoch by epoch until the last, until patience is spent, or until a figure is no longer finite."""
+        """Trains epoch by epoch until the last, until patience is spent, or until a figure is no longer finite.
+
+        When an epoch is yielded, the position is the beginning of the next one.
+        """
         while not self.is_over:
-            record = self._train_epoch(self._epochs_done + 1)
+            record = self._train_epoch()
             if record.is_best:
                 self.keep_as_best()
-            self._epochs_done += 1
+            self._begin(Position(epoch=record.epoch + 1))
             yield record
             if not record.is_finite:
                 return
@@ -214,38 +289,43 @@ class Trainer(Generic[B]):
         self.model.eval()
         loss, correct = (torch.zeros((), dtype=torch.float64) for _ in range(2))
         scored = 0
-        with torch.inference_mode(), self._autocast():
+        try:
             for batch in batches:
-                sums = self._loss(self.model, batch.to(self._device))
-                loss += sums.loss.cpu()
-                correct += sums.correct.cpu()
+                self._pause()
+                sums = self._evaluate_batch(batch)
+                loss += sums.loss
+                correct += sums.correct
                 scored += batch.num_scored
-        self.model.train(was_training)
+        finally:
+            self.model.train(was_training)
         assert scored, "an evaluation set scores nothing"
         return Evaluation(loss=loss.item() / scored, accuracy=correct.item() / scored)
 
-    def _train_epoch(self, epoch: int) -> EpochRecord:
-        started = time.perf_counter()
-        total_steps = self._settings.epochs * self._steps.steps_per_epoch
-        learning_rate = 0.0
-        # Summed on the device and read once an epoch: reading at every step would make a GPU wait for the CPU.
-        loss, norms = (torch.zeros((), device=self._device) for _ in range(2))
-        tokens = scored = 0
+    def _evaluate_batch(self, batch: B) -> LossSums:
+        """The sums of one batch, on the CPU; in halves where it is too much for the device."""
+        attempt, whole = Attempt(), []
+        with self._memory_guarded(attempt), torch.inference_mode(), self._autocast():
+            whole.append(self._loss(self.model, batch.to(self._device)))
+        if attempt.error is None:
+            return LossSums(whole[0].loss.cpu(), whole[0].correct.cpu())
+        halves = batch.halves()
+        if halves is None:
+            raise attempt.error
+        first, second = map(self._evaluate_batch, halves)
+        return LossSums(first.loss + second.loss, first.correct + second.correct)
+
+    def _train_epoch(self) -> EpochRecord:
+        epoch, started = self._done.epoch, time.perf_counter()
+        seconds_before = self._done.training_seconds
         self.model.train()
-        for step, micro_batches in enumerate(self._steps.epoch(epoch)):
-            # dropout draws from torch's own generator, the only one that cannot be passed in
-            torch.manual_seed(torch_seed(self._settings.seed, Stream.DROPOUT, epoch, step))
-            learning_rate = learning_rate_at(
-                (epoch - 1) * self._steps.steps_per_epoch + step, total_steps, self._settings
-            )
-            step_loss, norm = self._train_step(micro_batches, learning_rate)
-            loss += step_loss
-            norms += norm
-            tokens += sum(batch.num_tokens for batch in micro_batches)
-            scored += sum(batch.num_scored for batch in micro_batches)
-            self._on_step(step + 1, self._steps.steps_per_epoch)
-        running = loss.item() / max(1, scored)
-        training_seconds = time.perf_counter() - started
+        steps = self._micro_batches()
+        while self._done.step < self._steps.steps_per_epoch:
+            if not self._train_step(next(steps)):
+                steps = self._micro_batches()  # the same step again, in smaller parts
+                continue
+            self._done = replace(self._done, training_seconds=seconds_before + time.perf_counter() - started)
+            self._on_step(self._done.step, self._steps.steps_per_epoch)
+        done = self.position()
         train = self.evaluate(self._train_evaluation)
         val = self.evaluate(self._validation)
         return EpochRecord(
@@ -254,33 +334,79 @@ class Trainer(Generic[B]):
             train_accuracy=train.accuracy,
             val_loss=val.loss,
             val_accuracy=val.accuracy,
-            train_loss_running=running,
-            learning_rate=learning_rate,
-            gradient_norm=norms.item() / self._steps.steps_per_epoch,
-            tokens_per_second=tokens / training_seconds,
-            epoch_seconds=time.perf_counter() - started,
+            train_loss_running=done.loss / max(1, done.scored),
+            learning_rate=self._learning_rate(done.step - 1),
+            gradient_norm=done.gradient_norm / self._steps.steps_per_epoch,
+            tokens_per_second=done.tokens / done.training_seconds,
+            epoch_seconds=seconds_before + time.perf_counter() - started,
             is_best=self.stopping.update(val.loss),
             epochs_without_improvement=self.stopping.epochs_without_improvement,
         )
 
-    def _train_step(self, micro_batches: list[B], learning_rate: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimizer step; the summed loss and the gradient's norm before clipping, both still on the device."""
-        scored = max(1, sum(batch.num_scored for batch in micro_batches))
+    def _micro_batches(self) -> Iterator[list[B]]:
+        """Those of each step that is left of the epoch."""
+        return self._steps.epoch(self._done.epoch, self._done.step, accumulation_steps=self.accumulation_steps)
+
+    def _learning_rate(self, step: int) -> float:
+        """Of a step of the epoch that is being trained."""
+        per_epoch = self._steps.steps_per_epoch
+        number = (self._done.epoch - 1) * per_epoch + step
+        return self.rate_factor * learning_rate_at(number, self._settings.epochs * per_epoch, self._settings)
+
+    def _train_step(self, micro_batches: list[B]) -> bool:
+        """One optimizer step; False where memory ran out, and the step has to be taken in more micro-batches.
+
+        Raises:
+            Exception: memory ran out, and a micro-batch is a single item already.
+        """
+        # dropout draws from torch's own generator, the only one that cannot be passed in
+        torch.manual_seed(torch_seed(self._settings.seed, Stream.DROPOUT, self._done.epoch, self._done.step))
+        scored = sum(batch.num_scored for batch in micro_batches)
         step_loss = torch.zeros((), device=self._device)
-        for batch in micro_batches:
-            with self._autocast():
-                sums = self._loss(self.model, batch.to(self._device))
-            (sums.loss / scored).backward()  # type: ignore[no-untyped-call]
-            step_loss += sums.loss.detach()
+        attempt = Attempt()
+        with self._memory_guarded(attempt):
+            for batch in micro_batches:
+                self._pause()
+                with self._autocast():
+                    sums = self._loss(self.model, batch.to(self._device))
+                (sums.loss / max(1, scored)).backward()  # type: ignore[no-untyped-call]
+                step_loss += sums.loss.detach()
+        if attempt.error is not None:
+            self.optimizer.zero_grad(set_to_none=True)
+            if len(micro_batches) < self.accumulation_steps or self.accumulation_steps >= self._settings.batch_size:
+                raise attempt.error
+            self.accumulation_steps = min(2 * self.accumulation_steps, self._settings.batch_size)
+            self._on_memory(self.accumulation_steps)
+            return False
         norm = nn.utils.clip_grad_norm_(
             (parameter for parameter in self.model.parameters() if parameter.requires_grad),
             self._settings.gradient_clip,
         )
+        learning_rate = self._learning_rate(self._done.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return step_loss, norm.detach()
+        self._loss_sum += step_loss
+        self._norm_sum += norm.detach()
+        self._done = replace(
+            self._done,
+            step=self._done.step + 1,
+            tokens=self._done.tokens + sum(batch.num_tokens for batch in micro_batches),
+            scored=self._done.scored + scored,
+        )
+        return True
+
+    @contextmanager
+    def _memory_guarded(self, attempt: Attempt) -> Iterator[None]:
+        """Notes that the device ran out of memory, and frees what the attempt had taken; passes on all else."""
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            attempt.error = error.with_traceback(None)  # its frames hold the tensors that filled the memory
+            free_cached_memory(self._device)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self._precision is torch.float32:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from behrt.checkpoints import Base, Checkpoint, load_checkpoint, save_checkpoint, transplant
+from behrt.checkpoints import CHECKSUMS_FILE, Base, Checkpoint, load_checkpoint, save_checkpoint, transplant
 from behrt.config import BEHRTConfig, UserError
+from behrt.files import write_checksums
 from behrt.model import BEHRTForMaskedLM
 from behrt.parameters import apply_lora_to_behrt
 from behrt.vocabulary import FIRST_CODE, Vocabulary
@@ -66,6 +67,12 @@ def test_a_lora_checkpoint_over_another_seed_is_refused(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "c")
 
 
+def sign_again(checkpoint: Path) -> None:
+    """Makes checksums of the files as they are now."""
+    files = [path for path in checkpoint.iterdir() if path.name != CHECKSUMS_FILE]
+    write_checksums(checkpoint, CHECKSUMS_FILE, files)
+
+
 @pytest.mark.parametrize(
     ("file", "content", "expected"),
     [
@@ -73,9 +80,13 @@ def test_a_lora_checkpoint_over_another_seed_is_refused(tmp_path: Path) -> None:
         ("checkpoint.json", b"{", "is damaged"),
         ("checkpoint.json", b'{"format_version": 99}', "format version 99"),
         ("checkpoint.json", b'{"format_version": 1}', "is damaged"),
-        ("vocabulary.json", None, "no such file"),
-        ("model.safetensors", None, "missing or damaged"),
-        ("model.safetensors", b"\x80\x04garbage", "missing or damaged"),
+        ("vocabulary.json", None, "is missing"),
+        ("model.safetensors", None, "is missing"),
+        ("model.safetensors", b"\x80\x04garbage", "was changed since it was written"),
+        ("SHA256SUMS", None, "is missing or damaged"),
+        ("SHA256SUMS", b"\xff", "is missing or damaged"),
+        ("SHA256SUMS", b"no checksums\n", "is damaged"),
+        ("SHA256SUMS", b"0  ../../outside\n", "is damaged"),
     ],
 )
 def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, file: str, content: bytes | None, expected: str) -> None:
@@ -95,6 +106,7 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
     about = json.loads((tmp_path / "c" / "checkpoint.json").read_text())
     about["model"]["num_layers"] = 3
     (tmp_path / "c" / "checkpoint.json").write_text(json.dumps(about))
+    sign_again(tmp_path / "c")
     with pytest.raises(UserError, match="do not fit the model"):
         load_checkpoint(tmp_path / "c")
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from behrt.checkpoints import CHECKSUMS_FILE
 from behrt.cli import main, place_of_run
 from behrt.config import ExperimentSettings, UserError
+from behrt.files import write_checksums
 from behrt.vocabulary import Vocabulary
 
 from .conftest import Workspace
@@ -205,6 +207,8 @@ def test_a_checkpoint_of_another_size_or_vocabulary_is_refused(
     shutil.copytree(workspace.full / "checkpoints" / "best", tokens.parent)
     vocabulary = Vocabulary.load(tokens)
     Vocabulary.of_codes([f"OTHER//{code}" for code in vocabulary.tokens[5:]]).save(tokens)
+    files = [path for path in tokens.parent.glob("*.*") if path.suffix in (".json", ".safetensors")]
+    write_checksums(tokens.parent, CHECKSUMS_FILE, files)
     with chdir(tmp_path):
         message = fails(capsys, *common[:-1], str(tokens.parent))
     assert "its vocabulary does not fit: none of the" in message

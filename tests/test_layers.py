@@ -16,7 +16,7 @@ LAYERS = (
     ),
     ("sequences", "prepare", "masking", "batches"),
     ("model", "lora", "parameters"),
-    ("checkpoints", "history", "tracking", "runs"),
+    ("checkpoints", "history", "tracking", "feeding", "runs", "sync"),
     ("trainer", "cooccurrence", "records"),
     (
         "doctor.curves", "doctor.facts", "doctor.remedies", "doctor.rule", "doctor.readings", "doctor.curve_symptoms",
@@ -25,11 +25,11 @@ LAYERS = (
         "doctor.targets", "doctor.checkup", "comparison", "plots",
     ),
     (),
-    ("run_report", "resume", "pretrain"),
+    ("stopper", "run_report", "resume", "keeping", "pretrain"),
     (
         "sweep.space", "sweep.settings", "sweep.samplers", "sweep.trials", "sweep.storage", "sweep.liveness",
-        "sweep.definitions", "sweep.study", "sweep.summary", "sweep.figures", "sweep.tracked", "sweep.stopper",
-        "sweep.trial", "sweep.worker", "sweep.coordinator",
+        "sweep.definitions", "sweep.study", "sweep.summary", "sweep.figures", "sweep.tracked", "sweep.trial",
+        "sweep.worker", "sweep.coordinator",
     ),
     ("exits", "options", "terminal", "console", "sweep_console", "sweep_commands", "cli", "__main__"),
 )  # fmt: skip

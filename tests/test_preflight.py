@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from behrt.batches import IGNORED, MaskedSequences, PackedBatch, TrainingBatches, cut, gather
 from behrt.config import AdaptationSettings, BEHRTConfig, TrainingSettings
+from behrt.devices import is_out_of_memory
 from behrt.doctor import memory, preflight
 from behrt.doctor.masks import masks_change
 from behrt.doctor.memory import (
@@ -25,7 +26,6 @@ from behrt.doctor.memory import (
     Kept,
     control_group_room,
     free_memory,
-    is_out_of_memory,
     memory_available,
     memory_needed,
 )
@@ -89,7 +89,9 @@ class Steps:
         self.epochs = epochs
         self.steps_per_epoch = len(epochs[0])
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[PackedBatch]]:
+    def epoch(
+        self, epoch: int, first_step: int = 0, *, accumulation_steps: int | None = None
+    ) -> Iterator[list[PackedBatch]]:
         yield from self.epochs[min(epoch, len(self.epochs)) - 1][first_step:]
 
 
@@ -642,7 +644,9 @@ def test_slow_steps_are_predicted_to_take_long() -> None:
 class MasksOfPatients(TrainingBatches):
     """A bug: the order is new in every epoch, but a patient's masks are always the same."""
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[PackedBatch]]:
+    def epoch(
+        self, epoch: int, first_step: int = 0, *, accumulation_steps: int | None = None
+    ) -> Iterator[list[PackedBatch]]:
         order = np.random.default_rng(epoch).permutation(self._patients)
         for first in range(0, len(order), self._batch_size):
             patients = order[first : first + self._batch_size]

@@ -1,11 +1,13 @@
 """Does a run that goes on after a cut give what the uninterrupted one would have given?"""
 
+import shutil
 from contextlib import chdir
 from pathlib import Path
 
 import pytest
 import torch
 
+from behrt.checkpoints import drop_training
 from behrt.config import ExperimentSettings, UserError, load_experiment
 from behrt.history import EpochRecord, read_history, read_run
 from behrt.pretrain import pretrain
@@ -48,7 +50,7 @@ def test_a_run_that_goes_on_equals_the_uninterrupted_one(
     with chdir(tmp_path):
         pretrain(settings, experiment="whole", folder=Path("whole"))
         cut_off(settings, Path("cut"))
-        pretrain(settings, experiment="cut", folder=Path("rest"), continue_from=Path("cut"))
+        pretrain(settings, experiment="cut", folder=Path("rest"), attempt=find_attempt(Path("cut"), settings))
         whole, rest = read_history(Path("whole")), read_history(Path("rest"))
         for name in SAME:
             assert rest[name] == whole[name]
@@ -65,7 +67,7 @@ def test_without_the_optimizers_state_it_would_not_be_equal(workspace: Workspace
         cut_off(settings, Path("cut"))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("behrt.checkpoints._load_optimizer", lambda *arguments: None)
-            pretrain(settings, experiment="cut", folder=Path("rest"), continue_from=Path("cut"))
+            pretrain(settings, experiment="cut", folder=Path("rest"), attempt=find_attempt(Path("cut"), settings))
         assert read_history(Path("rest"))["val_loss"][:2] == read_history(Path("whole"))["val_loss"][:2]
         assert read_history(Path("rest"))["val_loss"][2:] != read_history(Path("whole"))["val_loss"][2:]
 
@@ -76,7 +78,7 @@ def test_epochs_that_were_taken_over_are_in_mlflow_once(workspace: Workspace, tm
     settings = settings_of(workspace)
     with chdir(tmp_path):
         cut_off(settings, Path("cut"))
-        result = pretrain(settings, experiment="cut", folder=Path("rest"), continue_from=Path("cut"))
+        result = pretrain(settings, experiment="cut", folder=Path("rest"), attempt=find_attempt(Path("cut"), settings))
         client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlruns/mlflow.db")
         steps = [metric.step for metric in client.get_metric_history(result.start.run_id, "val_loss")]
     assert sorted(steps) == [1, 2, 3, 4]
@@ -89,9 +91,11 @@ def test_an_attempt_with_other_settings_is_refused(workspace: Workspace, tmp_pat
             find_attempt(Path("cut"), settings_of(workspace, lr=1e-3))
 
 
-def test_a_finished_run_leaves_nothing_to_go_on_with(workspace: Workspace) -> None:
+def test_a_folder_without_a_state_leaves_nothing_to_go_on_with(workspace: Workspace, tmp_path: Path) -> None:
     settings = load_experiment(workspace.full / "logs" / "settings.yaml")
-    assert find_attempt(workspace.full, settings) is None
+    shutil.copytree(workspace.full, tmp_path / "copy")
+    drop_training(tmp_path / "copy" / "checkpoints" / "last")
+    assert find_attempt(tmp_path / "copy", settings) is None
 
 
 class Prunes(Listener):
@@ -107,7 +111,13 @@ def test_a_run_whose_last_epoch_was_not_worth_another_one_does_not_get_it_by_goi
     settings = settings_of(workspace)
     with chdir(tmp_path):
         cut_off(settings, Path("cut"))
-        result = pretrain(settings, experiment="cut", folder=Path("rest"), continue_from=Path("cut"), listener=Prunes())
+        result = pretrain(
+            settings,
+            experiment="cut",
+            folder=Path("rest"),
+            attempt=find_attempt(Path("cut"), settings),
+            listener=Prunes(),
+        )
     assert result.pruned
     assert result.last is not None
     assert result.last.epoch == 2

@@ -174,8 +174,8 @@ def test_a_trial_that_runs_out_of_memory_fails_alone(
 
     from behrt import pretrain
     from behrt.records import RecordsCache
+    from behrt.stopper import Stopper
     from behrt.sweep.settings import load_sweep
-    from behrt.sweep.stopper import Stopper
     from behrt.sweep.tracked import begin_study_run
     from behrt.sweep.trial import run_trial
     from behrt.sweep.trials import PARENT_RUN_ID

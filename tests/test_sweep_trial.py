@@ -10,12 +10,13 @@ from mlflow import MlflowClient
 
 from behrt import pretrain as recipe
 from behrt.config import UserError
+from behrt.feeding import Feeder
 from behrt.files import write_json
 from behrt.history import read_history, read_run
 from behrt.records import RecordsCache
+from behrt.stopper import Stopper
 from behrt.sweep.liveness import WorkerToken
 from behrt.sweep.settings import load_sweep
-from behrt.sweep.stopper import Stopper
 from behrt.sweep.storage import StorageLost, open_storage
 from behrt.sweep.study import Done, Report, SweepStudy, Wait
 from behrt.sweep.tracked import begin_study_run, settle_trials
@@ -103,15 +104,16 @@ def test_a_trial_whose_worker_dies_before_it_can_tell_the_end_is_not_trained_aga
     assert not list(folders[1].rglob("optimizer.safetensors"))
 
 
-def without_history(folder: Path) -> None:
-    (folder / "logs" / "metrics_history.json").unlink()
+def without_a_state(folder: Path) -> None:
+    for state in folder.glob("checkpoints/*/training_state.json"):
+        state.write_text("{")
 
 
-def of_another_run(folder: Path) -> None:
-    write_json(folder / "run.json", {**read_run(folder), "run_id": "of another study"})
+def of_another_study(folder: Path) -> None:
+    write_json(folder / "run.json", {**read_run(folder), "trial": {"study_run_id": "another", "number": 0}})
 
 
-@pytest.mark.parametrize("spoil", [without_history, of_another_run])
+@pytest.mark.parametrize("spoil", [without_a_state, of_another_study])
 def test_an_attempt_whose_folder_does_not_serve_is_passed_over(
     trials: Trials, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], None]
 ) -> None:
@@ -134,11 +136,14 @@ def test_the_state_of_the_optimizer_is_not_given_to_mlflow(trials: Trials) -> No
 def test_a_run_that_had_no_time_for_its_parameters_is_settled(trials: Trials, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a worker that dies right after it made its run in MLflow."""
 
-    def dies(*given: Any, **named: Any) -> None:
+    whole = Feeder.wait_for_run
+
+    def dies(feeder: Feeder) -> None:
+        whole(feeder)
         raise SystemExit
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrackedRun, "log_params", dies)
+        patch.setattr(Feeder, "wait_for_run", dies)
         with pytest.raises(SystemExit):
             trials.train()
     trials.study.reap(lambda worker: False)
@@ -151,13 +156,13 @@ def test_a_run_that_had_no_time_for_its_parameters_is_settled(trials: Trials, mo
 def test_a_signal_after_the_last_epoch_does_not_cut_off_what_is_kept(
     trials: Trials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stopper, whole = Stopper(listens=False), TrackedRun.finish
+    stopper, whole = Stopper(listens=False), Feeder.finish
 
-    def finish(run: TrackedRun, status: Any) -> None:
+    def finish(feeder: Feeder, **named: Any) -> bool:
         stopper._stop(2, None)
-        whole(run, status)
+        return whole(feeder, **named)
 
-    monkeypatch.setattr(TrackedRun, "finish", finish)
+    monkeypatch.setattr(Feeder, "finish", finish)
     trials.train(stopper)
     assert stopper.is_asked
     assert trials.ended() == [("COMPLETE", "all epochs", 0)]

@@ -633,7 +633,8 @@ def test_artifacts_of_a_tracked_run_say_more_than_the_store(store: Path) -> None
     with chdir(store):
         run = TrackedRun(experiment="mine", params={"training.lr": 0.5}, tags={})
         run.log_figures({"val_loss": 7.0}, step=1)
-        run.log_text(json.dumps(run_json(status="RUNNING", facts={"silent_adapters": ["a"]})), "run.json")
+        about = json.dumps(run_json(status="RUNNING", facts={"silent_adapters": ["a"]}))
+        connect().log_text(run.run_id, about, "run.json")
         (store / "metrics_history.json").write_text(
             '{"val_loss": [{"epoch": 1, "value": 7}, {"epoch": 2, "value": null}]}'
         )

@@ -40,7 +40,7 @@ def test_four_runs_that_start_at_once_on_an_empty_store_all_arrive(tmp_path: Pat
 def test_artifacts_stand_below_mlruns(tmp_path: Path) -> None:
     with chdir(tmp_path):
         run = TrackedRun(experiment="a", params={}, tags={"device": "cpu"})
-        run.log_text("text", "note.txt")
+        connect().log_text(run.run_id, "text", "note.txt")
         run.tag({"diagnosis": "healthy"})
         run.finish("KILLED")
         (found,) = (tmp_path / "mlruns" / "artifacts").rglob("note.txt")

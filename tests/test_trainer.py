@@ -35,7 +35,9 @@ class Steps:
         self.steps = steps
         self.steps_per_epoch = len(steps)
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Points]]:
+    def epoch(
+        self, epoch: int, first_step: int = 0, *, accumulation_steps: int | None = None
+    ) -> Iterator[list[Points]]:
         yield from self.steps[first_step:]
 
 
@@ -179,7 +181,9 @@ def test_a_smaller_gain_than_the_minimum_delta_is_no_gain() -> None:
 
 def test_a_loss_that_is_not_finite_ends_training_and_keeps_the_best() -> None:
     class FailingSteps(Steps):
-        def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Points]]:
+        def epoch(
+            self, epoch: int, first_step: int = 0, *, accumulation_steps: int | None = None
+        ) -> Iterator[list[Points]]:
             yield [points(8, 0)] if epoch < 3 else [Points(torch.full((2, 3), math.nan), torch.zeros(2))]
 
     model = regression()

@@ -162,12 +162,6 @@ def _room_of(group: Path) -> int | None:
     return None
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch says that a device has no memory left."""
-    texts = ("out of memory", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
-
-
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 

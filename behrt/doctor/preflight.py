@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from behrt.batches import PackedBatch
 from behrt.config import AdaptationSettings
+from behrt.devices import is_out_of_memory
 from behrt.doctor.masks import masks_change
-from behrt.doctor.memory import Keeping, Kept, is_out_of_memory, memory_available, memory_needed
+from behrt.doctor.memory import Keeping, Kept, memory_available, memory_needed
 from behrt.lora import LAYERS_OF_TARGET, Adapter, LoRALinear, adapted_layers
 from behrt.model import BEHRT, Attention
 from behrt.parameters import count_parameters, silent_adapters

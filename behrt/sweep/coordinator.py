@@ -20,7 +20,9 @@ from pathlib import Path
 from behrt.config import UserError
 from behrt.devices import choose_device, choose_precision
 from behrt.doctor.checkup import tolerated
+from behrt.feeding import sync_folder
 from behrt.files import write_text
+from behrt.history import read_run
 from behrt.sequences import open_prepared
 from behrt.sweep.figures import draw_study, draw_trial
 from behrt.sweep.liveness import is_alive
@@ -205,6 +207,7 @@ def keep_folder(folder: Path, study_id: str) -> None:
 def _settle(study: SweepStudy, tracked: TrackedRun) -> None:
     """Tells and draws what came of the study so far."""
     sweep = study.sweep
+    feed_trials(study.records())
     with study.storage.locked():  # for another coordinator may end at the same time
         summary = StudySummary.of(study)
         settle_trials(tracked, summary.records)
@@ -216,6 +219,18 @@ def _settle(study: SweepStudy, tracked: TrackedRun) -> None:
     with tolerated("drawing the study"):
         if draw_study(summary.records, sweep, figures):
             tracked.log_artifacts(figures, under="plots")
+
+
+def feed_trials(records: list[TrialRecord]) -> None:
+    """Sends to MLflow what trials that have ended could not send themselves."""
+    for record in records:
+        if not record.state.has_ended or record.folder is None:
+            continue
+        try:
+            if not read_run(Path(record.folder)).get("tracking_complete"):
+                sync_folder(Path(record.folder))
+        except UserError as error:  # never begun, taken away, or MLflow does not answer: `behrt sync` can do it later
+            log.warning("trial %d: not all of it is in MLflow: %s", record.number, error)
 
 
 def draw_ended(records: list[TrialRecord], study: str) -> set[int]:

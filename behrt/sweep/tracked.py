@@ -36,7 +36,6 @@ def begin_study_run(sweep: Sweep) -> str:
         experiment=sweep.name,
         params=params,
         tags={"study": sweep.name, "mlflow.note.content": sweep.note.strip()},
-        source="behrt sweep run",
         name=f"study {sweep.name}",
     )
     return tracked.run_id

@@ -8,22 +8,22 @@ pruning is the study's; both are recorded as what they are.
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
-from safetensors import SafetensorError
 
-from behrt.checkpoints import OPTIMIZER_FILE
+from behrt.checkpoints import drop_training
 from behrt.config import ExperimentSettings, UserError
 from behrt.history import EpochRecord, RunFolder, read_run
 from behrt.pretrain import pretrain
 from behrt.records import RecordsCache
-from behrt.resume import find_attempt
+from behrt.resume import Attempt, find_attempt
 from behrt.run_report import Listener, RunResult, RunStart, StudyTrial
+from behrt.stopper import Stopper
 from behrt.sweep.space import suggest
-from behrt.sweep.stopper import Stopper
 from behrt.sweep.storage import StorageLost
 from behrt.sweep.study import Report, SweepStudy
 from behrt.sweep.trials import (
@@ -54,14 +54,14 @@ class TakenOver(Exception):
 class TrialListener(Listener):
     """Tells the study what becomes of the run."""
 
-    def __init__(self, study: SweepStudy, trial: optuna.Trial, stopper: Stopper) -> None:
+    def __init__(self, study: SweepStudy, trial: optuna.Trial) -> None:
         self._study = study
         self._trial = trial
-        self._stopper = stopper
         self._report = Report.KEEP
 
     def started(self, start: RunStart) -> None:
-        self._study.set_attributes(self._trial, {RUN_ID: start.run_id})
+        if start.run_id is not None:  # else once MLflow has answered
+            self._study.set_attributes(self._trial, {RUN_ID: start.run_id})
 
     def went_on(self, epochs: Sequence[EpochRecord]) -> None:
         # cut off between checkpoint and report, the attempt left an epoch of which the study hears here first
@@ -79,9 +79,6 @@ class TrialListener(Listener):
 
     def prunes(self) -> bool:
         return self._report is Report.PRUNE
-
-    def ending(self) -> None:
-        self._stopper.hold()
 
 
 def run_trial(
@@ -107,25 +104,25 @@ def run_trial(
         settings = study.sweep.trial_settings(suggest(trial, study.sweep.space))
         trial_folder = folder.absolute() / "trials" / f"{trial.number:04d}"
         study.set_attributes(trial, {FOLDER: str(trial_folder), SEED: settings.training.seed})
-        continue_from = _folder_to_continue(study, trial, settings)
+        attempt = _attempt_to_continue(study, trial, settings)
         with stopper.interrupting():
             result = pretrain(
                 settings,
                 experiment=study.sweep.name,
                 folder=trial_folder,
-                listener=TrialListener(study, trial, stopper),
+                listener=TrialListener(study, trial),
                 records_cache=records_cache,
                 trial=StudyTrial(study_run_id=study.noted(PARENT_RUN_ID), number=trial.number),
-                continue_from=continue_from,
+                attempt=attempt,
+                stopper=stopper,
             )
     except (KeyboardInterrupt, StorageLost, StoreUnavailable):
         study.tell(trial, TrialState.FAILED, None, ended=INTERRUPTED)
         raise
-    except (OSError, SafetensorError) as error:  # the disk is full, above all
+    except OSError as error:  # the disk is full, above all
         study.tell(trial, TrialState.FAILED, None, ended=INTERRUPTED)
-        reason = error.strerror if isinstance(error, OSError) else None
         raise UserError(
-            f"{folder}: cannot be written to: {reason or error}; run the same command again then"
+            f"{folder}: cannot be written to: {error.strerror or error}; run the same command again then"
         ) from error
     except TakenOver:
         log.warning("trial %d: another worker continues it; what this one trained is dropped", trial.number)
@@ -136,10 +133,13 @@ def run_trial(
         study.tell(trial, TrialState.FAILED, None, ended=f"{ERROR}{type(error).__name__}")
     else:
         attributes: dict[str, Any] = {} if result.best is None else {BEST_EPOCH: result.best.epoch}
+        attributes |= {} if result.run_id is None else {RUN_ID: result.run_id}
         value = getattr(result.best, study.sweep.objective) if result.outcome == "COMPLETE" else None
         study.tell(trial, TrialState(result.outcome), value, ended=why_it_ended(result), **attributes)
         # not before: a worker that dies on the way leaves a trial that can go on
-        (RunFolder(trial_folder).checkpoints / "last" / OPTIMIZER_FILE).unlink(missing_ok=True)
+        checkpoints = RunFolder(trial_folder).checkpoints
+        drop_training(checkpoints / "last")
+        shutil.rmtree(checkpoints / "previous", ignore_errors=True)
 
 
 def why_it_ended(result: RunResult) -> str:
@@ -154,16 +154,18 @@ def why_it_ended(result: RunResult) -> str:
     return PATIENCE if result.stopped_early else ALL_EPOCHS
 
 
-def _folder_to_continue(study: SweepStudy, trial: optuna.Trial, settings: ExperimentSettings) -> Path | None:
-    """The folder of the latest attempt that left a state to go on from, of those that this trial continues."""
+def _attempt_to_continue(study: SweepStudy, trial: optuna.Trial, settings: ExperimentSettings) -> Attempt | None:
+    """The latest attempt that left a state to go on from, of those that this trial continues."""
     records = {record.number: record for record in study.records()}
     for record in attempts(records, trial.number):
         if record.number == trial.number or record.folder is None:
             continue
         folder = Path(record.folder)
         try:
-            if find_attempt(folder, settings) is not None and read_run(folder)["run_id"] == record.run_id:
-                return folder
-        except UserError as error:  # a damaged one, as of a worker that died while it wrote; an earlier one may do
+            attempt = find_attempt(folder, settings)
+            its_trial = {"study_run_id": study.noted(PARENT_RUN_ID), "number": record.number}
+            if attempt is not None and read_run(folder)["trial"] == its_trial:
+                return attempt
+        except (UserError, KeyError) as error:  # as of a worker that died while it wrote; one before may do
             log.warning("trial %d does not go on from trial %d: %s", trial.number, record.number, error)
     return None

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from behrt.config import UserError
+from behrt.stopper import Stopper
 from behrt.sweep.liveness import WorkerToken, is_alive
-from behrt.sweep.stopper import Stopper
 from behrt.sweep.storage import open_storage
 from behrt.sweep.study import Done, SweepStudy, Wait
 from behrt.sweep.trials import RECORDS_DIGEST

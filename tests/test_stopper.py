@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from behrt.sweep.stopper import Stopper
+from behrt.stopper import Stopper
 
 
 @pytest.fixture

@@ -1,0 +1,590 @@
+"""How does what a run keeps on disk reach MLflow, whatever becomes of MLflow meanwhile?
+
+The folder of a run says what the store is to hold of it: `logs/tracking.json` (parameters, tags, status), the history
+of its epochs, its files. `feed` compares that with the store and sends what is missing, so that it can be cut off,
+repeated, or done days later (`behrt sync`). While a run trains, a thread feeds; the training never waits for it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from behrt.checkpoints import TRAINING_CHECKSUMS_FILE, TRAINING_FILES
+from behrt.config import UserError
+from behrt.files import FolderLock, is_locked, read_json, sha256_of_file, write_json
+from behrt.history import finite, read_history, read_run
+from behrt.tracking import (
+    MAX_PARAM_LENGTH,
+    RunPoint,
+    RunStatus,
+    StoredRun,
+    StoreUnavailable,
+    connect,
+    may_pass,
+    reason_of,
+    shown_uri,
+)
+
+log = logging.getLogger(__name__)
+
+RECORD_FILE = Path("logs", "tracking.json")
+FILES_SENT_FILE = Path("logs", "files_sent.json")
+MIRROR_FOLDER = Path("checkpoints", ".mirror")
+RESUME_ARTIFACTS = "resume"
+MIRRORS = ("a", "b")
+"""Below `resume/`: written in turn, so that one of them is whole at every moment."""
+
+ABOUT_TRACKING = ("run_id", "tracking_complete", "tracking_uri")
+
+FIRST_BACKOFF, LONGEST_BACKOFF = 1.0, 60.0
+SECONDS_FOR_A_RUN = 10.0
+"""How long a training waits, before it begins, for the store to name its run."""
+SECONDS_OF_SILENCE = 10.0
+"""How long an ended run waits for a store that does not answer."""
+SECONDS_OF_SILENCE_WHEN_STOPPED = 3.0
+SLOWEST_UPLOAD = 500_000.0
+"""Bytes a second; a slower upload counts as silence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingRecord:
+    """What the store is to hold of a run beside its epochs and its files.
+
+    Attributes:
+        key: the run's own id, 32 hexadecimal digits; by it the store is searched.
+        run_id: the store's id, once it has given one; `store` is the address of that store, without a password.
+        started, ended: milliseconds since 1970.
+    """
+
+    key: str
+    experiment: str
+    params: Mapping[str, str]
+    tags: Mapping[str, str] = field(default_factory=dict)
+    figures: Mapping[str, float] = field(default_factory=dict)
+    dataset: Mapping[str, str] | None = None
+    name: str | None = None
+    status: RunStatus | Literal["RUNNING"] = "RUNNING"
+    started: int
+    ended: int | None = None
+    run_id: str | None = None
+    store: str | None = None
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Raises `UserError` where the folder holds none, or a damaged one."""
+        values = read_json(folder / RECORD_FILE, missing=f"{folder} holds no tracked run")
+        try:
+            return cls(**values)
+        except TypeError:
+            raise UserError(f"{folder / RECORD_FILE}: is damaged; it has other fields than expected") from None
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / RECORD_FILE, finite(asdict(self)))
+
+    @property
+    def known_run_id(self) -> str | None:
+        """The id in the store of today."""
+        return self.run_id if self.store == shown_uri() else None
+
+
+def new_record(**fields: Any) -> TrackingRecord:
+    """The record of a run that begins now; parameters become text."""
+    params = {name: str(value)[:MAX_PARAM_LENGTH] for name, value in fields.pop("params").items()}
+    return TrackingRecord(**{"key": uuid.uuid4().hex, "started": now(), **fields, "params": params})
+
+
+def now() -> int:
+    """Milliseconds since 1970."""
+    return int(time.time() * 1000)
+
+
+class Fed:
+    """What the store is known to hold of one run; asked for where it is not known."""
+
+    def __init__(self, run: StoredRun) -> None:
+        self.run = run
+        self.tags: dict[str, str] = {}
+        self.status: tuple[str, int | None] | None = ("RUNNING", None) if run.is_new else None
+        self._params: set[str] | None = set() if run.is_new else None
+        self._steps: dict[str, set[int]] = {}
+        self._has_dataset: bool | None = False if run.is_new else None
+
+    @property
+    def params(self) -> set[str]:
+        if self._params is None:
+            self._params = self.run.params()
+        return self._params
+
+    @property
+    def has_dataset(self) -> bool:
+        if self._has_dataset is None:
+            self._has_dataset = self.run.has_dataset()
+        return self._has_dataset
+
+    def dataset_was_sent(self) -> None:
+        self._has_dataset = True
+
+    def steps_of(self, metric: str) -> set[int]:
+        if metric not in self._steps:
+            self._steps[metric] = set() if self.run.is_new else self.run.steps_of(metric)
+        return self._steps[metric]
+
+
+@dataclass
+class Sent:
+    """Counts what one feeding has sent."""
+
+    epochs: int = 0
+    files: int = 0
+    others: int = 0
+
+    @property
+    def anything(self) -> bool:
+        return bool(self.epochs or self.files or self.others)
+
+
+Progress = Callable[[float], None]
+"""Called before each request, with the seconds that it may take at most."""
+
+
+class FolderFeed:
+    """Feeds the run of one folder; what it has sent it need not ask for again.
+
+    Args:
+        folder: of the run.
+        progress: told before each request.
+    """
+
+    def __init__(self, folder: Path, *, progress: Progress = lambda seconds: None) -> None:
+        self._folder = folder
+        self._progress = progress
+        self._fed: Fed | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def run_id(self) -> str | None:
+        """The store's id of the run, once it is known."""
+        return None if self._fed is None else self._fed.run.run_id
+
+    def update(self, change: Callable[[TrackingRecord], TrackingRecord]) -> None:
+        """Rewrites the record; the thread that feeds writes the run's id into it."""
+        with self._lock:
+            change(TrackingRecord.load(self._folder)).save(self._folder)
+
+    def feed(self) -> Sent:
+        """Sends what the store lacks.
+
+        Raises:
+            Exception: whatever the store raises; what was sent stays sent, and the next feeding asks the store for it.
+        """
+        try:
+            return self._feed()
+        except BaseException:
+            self._fed = None  # a request may have arrived although it failed
+            raise
+
+    def _feed(self) -> Sent:
+        record = TrackingRecord.load(self._folder)
+        sent = Sent()
+        fed = self._fed if self._fed is not None else self._open(record)
+        if missing := {name: value for name, value in record.params.items() if name not in fed.params}:
+            self._before()
+            fed.run.log_params(missing)
+            fed.params.update(missing)
+            sent.others += len(missing)
+        if record.dataset is not None and not fed.has_dataset:
+            self._before()
+            fed.run.log_dataset(**record.dataset)
+            fed.dataset_was_sent()
+            sent.others += 1
+        if changed := {name: value for name, value in record.tags.items() if fed.tags.get(name) != value}:
+            self._before()
+            fed.run.tag(changed)
+            fed.tags.update(changed)
+        self._send_points(fed, record, sent)
+        if record.status == "RUNNING" and fed.status != (record.status, None):
+            self._set_status(fed, record)
+        self._send_mirror(fed, record, sent)
+        if record.status != "RUNNING":
+            self._send_files(fed, record, sent)
+            if fed.status != (record.status, record.ended):  # last: then nothing of the run is missing
+                self._set_status(fed, record)
+        return sent
+
+    def _before(self, seconds: float = 0.0) -> None:
+        self._progress(seconds)
+
+    def _open(self, record: TrackingRecord) -> Fed:
+        self._before()
+        client = connect()
+        self._before()
+        fed = Fed(
+            StoredRun.of(
+                client,
+                experiment=record.experiment,
+                key=record.key,
+                run_id=record.known_run_id,
+                name=record.name,
+                started=record.started,
+            )
+        )
+        if fed.run.run_id != record.known_run_id:
+            self.update(lambda latest: replace(latest, run_id=fed.run.run_id, store=shown_uri()))
+        self._fed = fed
+        return fed
+
+    def _set_status(self, fed: Fed, record: TrackingRecord) -> None:
+        self._before()
+        fed.run.set_status(record.status, ended=record.ended)
+        fed.status = (record.status, record.ended)
+
+    def _send_points(self, fed: Fed, record: TrackingRecord, sent: Sent) -> None:
+        """Once-per-run figures, and the epochs of the history; a value that is not finite has no place in MLflow."""
+        points = [RunPoint(name, value, record.started, 0) for name, value in record.figures.items()]
+        points += epoch_points(self._folder, started=record.started)
+        missing = [point for point in points if point.step not in fed.steps_of(point.name)]
+        if not missing:
+            return
+        self._before()
+        fed.run.log_points(missing)
+        for point in missing:
+            fed.steps_of(point.name).add(point.step)
+        sent.epochs += len({point.step for point in missing if point.name == "val_loss"})
+        sent.others += sum(point.step == 0 for point in missing)
+
+    def _send_mirror(self, fed: Fed, record: TrackingRecord, sent: Sent) -> None:
+        """The checkpoint that waits to be mirrored, to that of the two places that does not hold the latest one."""
+        book = FilesSent.load(self._folder, fed.run.run_id)
+        mirror = self._folder / MIRROR_FOLDER
+        last = self._folder / "checkpoints" / "last"
+        goes_on = record.status in ("KILLED", "FAILED") and "trial_state" not in record.tags
+        if goes_on and _stamp_of_training(last) not in (None, book.mirrored):
+            mirror_checkpoint(last, self._folder)
+        if record.status == "FINISHED" or not mirror.is_dir():
+            shutil.rmtree(mirror, ignore_errors=True)
+            return
+        place = MIRRORS[(MIRRORS.index(book.mirror) + 1) % 2 if book.mirror in MIRRORS else 0]
+        for file in sorted(path for path in mirror.rglob("*") if path.is_file()):
+            self._before(file.stat().st_size / SLOWEST_UPLOAD)
+            fed.run.upload(file, f"{RESUME_ARTIFACTS}/{place}/{file.relative_to(mirror).as_posix()}")
+        book.mirror, book.mirrored = place, _stamp_of_training(mirror)
+        book.save(self._folder)
+        shutil.rmtree(mirror, ignore_errors=True)
+        sent.files += 1
+
+    def _send_files(self, fed: Fed, record: TrackingRecord, sent: Sent) -> None:
+        """The files of a run that has ended, as far as they have changed since they were sent."""
+        book = FilesSent.load(self._folder, fed.run.run_id)
+        for place, file in files_of(self._folder).items():
+            stamp = stamp_of(file)
+            if book.files.get(place) != stamp:
+                self._before(file.stat().st_size / SLOWEST_UPLOAD)
+                fed.run.upload(file, place)
+                book.files[place] = stamp
+                sent.files += 1
+        if record.status == "FINISHED" and book.mirror is not None:
+            self._before()
+            fed.run.delete_artifacts(RESUME_ARTIFACTS)  # nothing has to go on from there any more
+            book.mirror = book.mirrored = None
+        book.save(self._folder)
+
+
+@dataclass
+class FilesSent:
+    """Which files a store has of a run.
+
+    Attributes:
+        files: size and time of change by artifact path, as they were when they were sent.
+        mirror: the place that holds the latest mirrored checkpoint; `mirrored`, its checksums.
+    """
+
+    run_id: str
+    files: dict[str, str] = field(default_factory=dict)
+    mirror: str | None = None
+    mirrored: str | None = None
+
+    @classmethod
+    def load(cls, folder: Path, run_id: str) -> Self:
+        """That of this run; an empty one where there is none, or one of another store's run."""
+        try:
+            found = cls(**read_json(folder / FILES_SENT_FILE, missing="nothing was sent"))
+        except (UserError, TypeError):
+            return cls(run_id)
+        return found if found.run_id == run_id else cls(run_id)
+
+    def save(self, folder: Path) -> None:
+        if asdict(self) != asdict(type(self).load(folder, self.run_id)):
+            write_json(folder / FILES_SENT_FILE, asdict(self))
+
+
+def stamp_of(file: Path) -> str:
+    """What changes when the file does; of `run.json`, when it says anything else than how far MLflow has heard."""
+    if file.name != "run.json":
+        return f"{file.stat().st_size} {file.stat().st_mtime_ns}"
+    told = {name: value for name, value in read_run(file.parent).items() if name not in ABOUT_TRACKING}
+    return sha256(json.dumps(told).encode()).hexdigest()
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """The artifacts of a run that has ended, by their place; a state to go on from is mirrored, and not among them."""
+    named = {
+        "experiment.yaml": folder / "logs" / "settings.yaml",
+        "logs/metrics_history.json": folder / "logs" / "metrics_history.json",
+        **{name: folder / name for name in ("run.json", "diagnosis.json", "diagnosis.md")},
+    }
+    kept = [folder / "plots", folder / "checkpoints" / "best", folder / "checkpoints" / "last"]
+    found = {
+        file.relative_to(folder).as_posix(): file
+        for path in kept
+        for file in sorted(path.rglob("*"))
+        if file.name not in TRAINING_FILES and not file.is_symlink()
+    }
+    return {place: file for place, file in (named | found).items() if file.is_file()}
+
+
+def epoch_points(folder: Path, *, started: int) -> list[RunPoint]:
+    """Every finite figure of the history, at the time at which its epoch ended if no other was spent."""
+    try:
+        history = read_history(folder)
+    except UserError:  # no epoch yet
+        return []
+    seconds = {point["epoch"]: point["value"] or 0.0 for point in history.get("epoch_seconds", [])}
+    times: dict[int, int] = {}
+    elapsed = 0.0
+    for epoch in sorted(seconds):
+        elapsed += seconds[epoch]
+        times[epoch] = started + int(1000 * elapsed)
+    return [
+        RunPoint(name, point["value"], times.get(point["epoch"], started), point["epoch"])
+        for name, points in history.items()
+        for point in points
+        if point["value"] is not None
+    ]
+
+
+def _stamp_of_training(checkpoint: Path) -> str | None:
+    """What tells one state of a training from another; None where a checkpoint holds none."""
+    try:
+        return sha256_of_file(checkpoint / TRAINING_CHECKSUMS_FILE)
+    except OSError:
+        return None
+
+
+def mirror_checkpoint(checkpoint: Path, folder: Path) -> None:
+    """Lays a copy of the checkpoint aside for the next feeding; links where the file system has them."""
+    mirror = folder / MIRROR_FOLDER
+    shutil.rmtree(mirror, ignore_errors=True)
+    beside = mirror.with_name(".mirror.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        shutil.copytree(checkpoint, beside, copy_function=_link)
+        beside.replace(mirror)
+    except OSError as error:  # no room for a copy; the checkpoint itself is whole
+        shutil.rmtree(beside, ignore_errors=True)
+        log.warning("the checkpoint is not mirrored: %s", error.strerror)
+
+
+def _link(source: str, destination: str) -> None:
+    try:
+        Path(destination).hardlink_to(source)
+    except OSError:
+        shutil.copy2(source, destination)
+
+
+class Feeder:
+    """Feeds the run of a folder from a thread of its own until `finish`.
+
+    Attributes:
+        is_complete: whether everything up to now has arrived.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._feed = FolderFeed(folder, progress=self._note_progress)
+        self._folder = folder
+        self._changed = threading.Event()
+        self._has_run = threading.Event()
+        self._is_ending = False
+        self._refusal: Exception | None = None
+        self._warned = False
+        self._last_heard = time.monotonic()
+        self._allowed = 0.0
+        self._version = 0
+        self._fed_version = -1
+        self._thread = threading.Thread(target=self._work, name="mlflow-feeder", daemon=True)
+        self._thread.start()
+
+    @property
+    def run_id(self) -> str | None:
+        """The store's id of the run, once it has given one."""
+        return self._feed.run_id
+
+    @property
+    def is_complete(self) -> bool:
+        return self._fed_version == self._version
+
+    def update(self, **fields: Any) -> None:
+        """Changes the record, and sends it."""
+        self._feed.update(lambda record: replace(record, **fields))
+        self.changed()
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        self._feed.update(lambda record: replace(record, tags={**record.tags, **tags}))
+        self.changed()
+
+    def add_figures(self, figures: Mapping[str, float]) -> None:
+        """Figures of the whole run; those that are not finite stay out."""
+        known = {name: value for name, value in figures.items() if finite(value) is not None}
+        self._feed.update(lambda record: replace(record, figures={**record.figures, **known}))
+        self.changed()
+
+    def mirror(self, checkpoint: Path) -> None:
+        """Has the checkpoint copied to the store, unless an earlier copy is still on its way."""
+        if self.is_complete and not (self._folder / MIRROR_FOLDER).exists():
+            mirror_checkpoint(checkpoint, self._folder)
+            self.changed()
+
+    def changed(self) -> None:
+        """Something in the folder is new."""
+        self._version += 1
+        self._changed.set()
+
+    def wait_for_run(self, seconds: float = SECONDS_FOR_A_RUN) -> str | None:
+        """The store's id of the run, if it comes in time.
+
+        Raises:
+            UserError: the store will not take the run, however long one waits.
+        """
+        self._has_run.wait(seconds)
+        if self._refusal is not None:
+            raise self._refusal
+        return self.run_id
+
+    def finish(self, *, silence: float = SECONDS_OF_SILENCE) -> bool:
+        """Sends what is left; gives up when the store has been silent for so many seconds. Whether all has arrived."""
+        self._is_ending = True
+        self._last_heard = time.monotonic()
+        self._changed.set()
+        while self._thread.is_alive() and time.monotonic() < self._last_heard + self._allowed + silence:
+            self._thread.join(0.02)
+        return self.is_complete
+
+    def _note_progress(self, seconds: float) -> None:
+        self._last_heard = time.monotonic()
+        self._allowed = seconds
+
+    def _work(self) -> None:
+        backoff = FIRST_BACKOFF
+        while True:
+            self._changed.clear()
+            is_last, version = self._is_ending, self._version
+            try:
+                self._feed.feed()
+            except Exception as error:  # MLflow's own, SQLAlchemy's, the network's, the disk's
+                self._fail(error)
+                if is_last:
+                    return
+                deadline = time.monotonic() + backoff
+                while not self._is_ending and (left := deadline - time.monotonic()) > 0:
+                    self._changed.wait(min(left, 0.2))
+                    time.sleep(0.05)
+                backoff = min(2 * backoff, LONGEST_BACKOFF)
+                continue
+            self._fed_version = version
+            self._has_run.set()
+            backoff = FIRST_BACKOFF
+            if is_last:
+                return
+            self._changed.wait()
+
+    def _fail(self, error: Exception) -> None:
+        if not self._has_run.is_set() and not may_pass(error):
+            message = str(error) if isinstance(error, UserError) else f"{shown_uri()}: {reason_of(error)}"
+            self._refusal = StoreUnavailable(message, may_pass=False)
+        elif not self._warned:
+            log.warning(
+                "MLflow at %s failed (%s); the training goes on, its history on disk is complete",
+                shown_uri(),
+                reason_of(error),
+            )
+            self._warned = True
+        self._has_run.set()
+
+
+def mark_dead(folder: Path) -> bool:
+    """Says of a run that died without a word that it did; whether it was one.
+
+    A trial's death is FAILED, as its study calls it; any other run was KILLED.
+    """
+    try:
+        if TrackingRecord.load(folder).status != "RUNNING" or is_locked(folder):
+            return False
+        lock = FolderLock(folder)
+    except UserError:  # no run, a damaged one, or one that somebody has taken up in between
+        return False
+    try:
+        record = TrackingRecord.load(folder)
+        if record.status != "RUNNING":
+            return False
+        is_trial = "trial_state" in record.tags
+        status: RunStatus = "FAILED" if is_trial else "KILLED"
+        tags = {**record.tags, "ended": "died"} | ({"trial_state": "FAILED"} if is_trial else {})
+        replace(record, status=status, tags=tags, ended=_last_sign_of_life(folder)).save(folder)
+        try:
+            run = read_run(folder)
+        except UserError:  # it died before it could write one
+            return True
+        write_json(folder / "run.json", {**run, "status": status, "died": True})
+        return True
+    except OSError as error:  # somebody else's folder, which we may read
+        log.warning("%s: the run died, and cannot be marked so: %s", folder, error.strerror)
+        return False
+    finally:
+        lock.release()
+
+
+def _last_sign_of_life(folder: Path) -> int:
+    """When the run wrote last, in milliseconds since 1970."""
+    signs = [folder / "logs" / "metrics_history.json", folder / "run.json", folder / "checkpoints" / "last"]
+    return max((int(1000 * sign.stat().st_mtime) for sign in signs if sign.exists()), default=now())
+
+
+def sync_folder(folder: Path) -> Sent:
+    """Sends what MLflow lacks of the run in `folder`, which no process runs any more.
+
+    Raises:
+        UserError: the folder holds no run, or is somebody's at the moment; the store does not take it.
+    """
+    mark_dead(folder)
+    lock = FolderLock(folder)
+    try:
+        feed = FolderFeed(folder)
+        try:
+            sent = feed.feed()
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{folder}: MLflow at {shown_uri()} failed: {reason_of(error)}") from None
+        _note_in_run_file(folder, feed.run_id)
+        return sent
+    finally:
+        lock.release()
+
+
+def _note_in_run_file(folder: Path, run_id: str | None) -> None:
+    """Lets `run.json` name the run by the id that the store gave it."""
+    try:
+        run = read_run(folder)
+    except UserError:
+        return
+    if run.get("run_id") != run_id or not run.get("tracking_complete"):
+        write_json(folder / "run.json", {**run, "run_id": run_id, "tracking_complete": True})
