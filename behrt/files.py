@@ -33,7 +33,12 @@ def replacing_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: Path, *, mode: int = 0o777) -> Iterator[Path]:
-    """Yields an empty folder beside `path`; on success it takes the place of `path`, on failure it is removed."""
+    """Yields an empty folder beside `path`; on success it takes the place of `path`, on failure it is removed.
+
+    Args:
+        mode: of the folder, less the umask; the files in it get what it leaves them, so that a copy of a private folder
+            is private, too. While it is written, nobody but its owner can look into it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
@@ -42,7 +47,8 @@ def replacing_folder(path: Path, *, mode: int = 0o777) -> Iterator[Path]:
         os.umask(umask)
         beside.chmod(mode & ~umask)
         for file in beside.rglob("*"):
-            if file.is_file():
+            if file.is_file() and not file.is_symlink():
+                file.chmod(mode & 0o666 & ~umask)
                 _flush(file)
         if path.exists():
             former = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".former", dir=path.parent))

@@ -158,7 +158,8 @@ def read_splits(file: Path) -> pl.DataFrame:
         dtype = frame.schema[name]
         if not (dtype.is_integer() if name == "subject_id" else isinstance(dtype, pl.String)):
             raise UserError(f"{file}: column {name!r} is {dtype}, expected {expected}; convert it")
-    frame = frame.select(pl.col("subject_id").cast(pl.Int64), "split").drop_nulls().unique(maintain_order=True)
+    with readable(file):  # the text of a failed cast quotes ids
+        frame = frame.select(pl.col("subject_id").cast(pl.Int64), "split").drop_nulls().unique(maintain_order=True)
     unknown = sorted(set(frame["split"].unique().to_list()) - set(SPLITS))
     if unknown:
         raise UserError(f"{file}: unknown split {unknown[0]!r}, expected {', '.join(SPLITS)}")
