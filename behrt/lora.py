@@ -368,9 +368,9 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
     (without a fingerprint, the base cannot be checked for those).
 
     Raises:
-        UserError: a file is missing or damaged, the folder carries a pickle, the two files are from different saves, the
-            shapes do not fit the model, or its frozen weights are not those the adapter was trained on. The model is
-            then unchanged.
+        UserError: a file is missing or damaged, or is a pickle; the two files are from different saves; the shapes do
+            not fit the model, or its frozen weights are not those the adapter was trained on. The model is then
+            unchanged.
     """
     config, config_sha256 = _read_config(folder / CONFIG_FILE)
     refuse_pickles(folder)

@@ -1,4 +1,4 @@
-"""Records in which every identifying value is unmistakable, and a search for these values in whatever form they take."""
+"""Records in which every identifying value is unmistakable, and a search for these values in whatever form."""
 
 import bz2
 import gzip
