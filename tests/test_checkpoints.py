@@ -75,7 +75,7 @@ def test_a_lora_checkpoint_over_another_seed_is_refused(tmp_path: Path) -> None:
         ("checkpoint.json", b'{"format_version": 1}', "is damaged"),
         ("vocabulary.json", None, "no such file"),
         ("model.safetensors", None, "missing or damaged"),
-        ("model.safetensors", b"\x80\x04garbage", "missing or damaged"),
+        ("model.safetensors", b"\x80\x04garbage", "a pickle, or named like one"),
     ],
 )
 def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, file: str, content: bytes | None, expected: str) -> None:
