@@ -5,6 +5,7 @@ The names load on first use, so that `import behrt` (and every `behrt --help`) d
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,15 @@ if TYPE_CHECKING:
     from behrt.model import BEHRT, BEHRTForMaskedLM
     from behrt.parameters import apply_lora_to_behrt, count_parameters
     from behrt.runs import load_run
+
+# Medical records are nobody else's business. Read by these libraries when they are imported: by all that honour the
+# first, by MLflow, and by the Hugging Face hub, which MLflow and PEFT import where it is installed.
+for _name, _value in (
+    ("DO_NOT_TRACK", "true"),
+    ("MLFLOW_DISABLE_TELEMETRY", "true"),
+    ("HF_HUB_DISABLE_TELEMETRY", "1"),
+):
+    os.environ.setdefault(_name, _value)
 
 __version__ = "0.1.0"
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from behrt.config import BEHRTConfig, UserError
 from behrt.files import read_json, replacing_folder, verify_checksums, write_checksums, write_json
-from behrt.lora import adapted_layers, load_adapter, merge_adapters, save_adapter
+from behrt.lora import adapted_layers, load_adapter, merge_adapters, refuse_pickles, save_adapter
 from behrt.model import BEHRTForMaskedLM
 from behrt.vocabulary import FIRST_CODE, Vocabulary
 
@@ -187,6 +187,7 @@ def load_checkpoint(folder: Path, *, load_base: Callable[[Base], Checkpoint] | N
         UserError: no checkpoint, a damaged one, or a base that is no longer what it was.
     """
     about = _read_about(folder)
+    refuse_pickles(folder)
     if about["format_version"] > 1:
         verify_checksums(folder, CHECKSUMS_FILE)
     try:

@@ -274,7 +274,7 @@ class FolderFeed:
             shutil.rmtree(mirror, ignore_errors=True)
             return
         place = MIRRORS[(MIRRORS.index(book.mirror) + 1) % 2 if book.mirror in MIRRORS else 0]
-        for file in sorted(path for path in mirror.rglob("*") if path.is_file()):
+        for file in sorted(path for path in mirror.rglob("*") if path.is_file() and not path.is_symlink()):
             self._before(file.stat().st_size / SLOWEST_UPLOAD)
             fed.run.upload(file, f"{RESUME_ARTIFACTS}/{place}/{file.relative_to(mirror).as_posix()}")
         book.mirror, book.mirrored = place, _stamp_of_training(mirror)

@@ -39,6 +39,8 @@ def replacing_folder(path: Path, *, mode: int = 0o777, former_to: Path | None = 
     Args:
         former_to: beside `path`; what was at `path` goes there, and what was there before is removed first, so that at
             every moment one of the two is whole.
+        mode: of the folder, less the umask; the files in it get what it leaves them, so that a copy of a private folder
+            is private, too. While it is written, nobody but its owner can look into it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
@@ -48,7 +50,8 @@ def replacing_folder(path: Path, *, mode: int = 0o777, former_to: Path | None = 
         os.umask(umask)
         beside.chmod(mode & ~umask)
         for file in beside.rglob("*"):
-            if file.is_file():
+            if file.is_file() and not file.is_symlink():
+                file.chmod(mode & 0o666 & ~umask)
                 _flush(file)
         if path.exists() and former_to is not None:
             shutil.rmtree(former_to, ignore_errors=True)

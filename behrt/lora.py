@@ -41,6 +41,9 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
+"""Of files that other tools keep pickles in."""
+
 UNSUPPORTED_PEFT_OPTIONS = ("use_dora", "use_rslora", "alora_invocation_tokens", "rank_pattern", "alpha_pattern",
                             "fan_in_fan_out", "layers_to_transform", "lora_bias", "trainable_token_indices",
                             "target_parameters", "exclude_modules", "layer_replication")  # fmt: skip
@@ -283,6 +286,37 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
         raise UserError(f"{folder}: the adapter cannot be written: {error.strerror}") from None
 
 
+def refuse_pickles(folder: Path) -> None:
+    """Refuses a folder of weights that carries a pickle, under whatever name: unpickling runs the code that is in it.
+
+    Nothing here would unpickle it. But a folder that carries one was not made by `save_checkpoint` or `save_adapter`,
+    and whoever opens it with other tools trusts that it was looked at.
+
+    Raises:
+        UserError: there is one in it.
+    """
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and (file.suffix.lower() in PICKLE_SUFFIXES or _is_pickled(file)):
+            raise UserError(
+                f"{file}: a pickle, or named like one, and loading that can run any code; only safetensors files are "
+                "loaded: remove it, or save the weights as safetensors"
+            )
+
+
+def _is_pickled(file: Path) -> bool:
+    """Whether the file begins as those of `pickle` (from protocol 2 on) and `torch.save` do."""
+    try:
+        with file.open("rb") as handle:
+            start = handle.read(9)
+    except OSError:  # whoever loads it will say so
+        return False
+    if start[:4] == b"PK\3\4":
+        return True
+    # A safetensors file begins with the length of its header, which may have the same two bytes.
+    is_safetensors = start[4:9] == b"\0\0\0\0{"
+    return start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5") and not is_safetensors
+
+
 def _read_config(path: Path) -> tuple[dict[str, Any], str]:
     """The adapter's configuration, checked, and the SHA-256 of its file."""
     try:
@@ -334,10 +368,12 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
     (without a fingerprint, the base cannot be checked for those).
 
     Raises:
-        UserError: a file is missing or damaged, the two files are from different saves, the shapes do not fit the
-            model, or its frozen weights are not those the adapter was trained on. The model is then unchanged.
+        UserError: a file is missing or damaged, or is a pickle; the two files are from different saves; the shapes do
+            not fit the model, or its frozen weights are not those the adapter was trained on. The model is then
+            unchanged.
     """
     config, config_sha256 = _read_config(folder / CONFIG_FILE)
+    refuse_pickles(folder)
     weights_path = folder / WEIGHTS_FILE
     tensors, header = _read_weights(weights_path)
     if header.get("config_sha256", config_sha256) != config_sha256:

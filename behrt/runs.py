@@ -45,7 +45,7 @@ def run_id_of(folder: Path) -> str | None:
         run_id = read_run(folder).get("run_id")
     except UserError:
         return None
-    return run_id if isinstance(run_id, str) else None
+    return run_id if isinstance(run_id, str) and is_run_id(run_id) else None
 
 
 def checkpoint_folder(target: str | Path, checkpoint: str = "best") -> Path:
@@ -54,6 +54,8 @@ def checkpoint_folder(target: str | Path, checkpoint: str = "best") -> Path:
     Raises:
         UserError: no such run, or no such checkpoint.
     """
+    if checkpoint not in ("best", "last"):
+        raise UserError(f"{target}: has the checkpoints best and last, not {checkpoint!r}")
     folder = locate_run(target)
     for candidate in (folder, folder / checkpoint, folder / "checkpoints" / checkpoint):
         if (candidate / "checkpoint.json").exists():
@@ -77,9 +79,11 @@ def load_run(target: str | Path, *, checkpoint: str = "best") -> Checkpoint:
 def load_base_again(base: Base) -> Checkpoint:
     """The pre-trained run that a saved model started from: by its run id where that is known here, else as named."""
     assert base.init_from is not None
-    folder = find_local_run(base.init_from_run) if base.init_from_run else None
-    if folder is None and base.init_from_run and not Path(base.init_from).is_dir():
-        folder = download_checkpoints(base.init_from_run)
+    # read from a file that somebody else may have made
+    run_id = base.init_from_run if is_run_id(str(base.init_from_run)) else None
+    folder = find_local_run(run_id) if run_id else None
+    if folder is None and run_id and not Path(base.init_from).is_dir():
+        folder = download_checkpoints(run_id)
     return load_run(folder or base.init_from, checkpoint=base.init_from_checkpoint)
 
 

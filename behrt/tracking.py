@@ -235,6 +235,7 @@ class TrackedRun:
     def log_artifacts(self, path: Path, *, under: str | None = None) -> None:
         """A file, or everything in a folder, below the artifact folder `under`."""
         files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
+        files = [file for file in files if not file.is_symlink()]  # what they point to is not the run's
         with self._tolerated():
             for file in files:
                 place = PurePosixPath(under or "", file.relative_to(path).parent)

@@ -82,7 +82,7 @@ def sign_again(checkpoint: Path) -> None:
         ("checkpoint.json", b'{"format_version": 1}', "is damaged"),
         ("vocabulary.json", None, "is missing"),
         ("model.safetensors", None, "is missing"),
-        ("model.safetensors", b"\x80\x04garbage", "was changed since it was written"),
+        ("model.safetensors", b"\x80\x04garbage", "a pickle, or named like one"),
         ("SHA256SUMS", None, "is missing or damaged"),
         ("SHA256SUMS", b"\xff", "is missing or damaged"),
         ("SHA256SUMS", b"no checksums\n", "is damaged"),

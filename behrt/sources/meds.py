@@ -7,6 +7,7 @@ Three layouts: a folder with `data/**/*.parquet` (and `metadata/subject_splits.p
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -158,10 +159,12 @@ def read_splits(file: Path) -> pl.DataFrame:
         dtype = frame.schema[name]
         if not (dtype.is_integer() if name == "subject_id" else isinstance(dtype, pl.String)):
             raise UserError(f"{file}: column {name!r} is {dtype}, expected {expected}; convert it")
-    frame = frame.select(pl.col("subject_id").cast(pl.Int64), "split").drop_nulls().unique(maintain_order=True)
+    with readable(file):  # the text of a failed cast quotes ids
+        frame = frame.select(pl.col("subject_id").cast(pl.Int64), "split").drop_nulls().unique(maintain_order=True)
     unknown = sorted(set(frame["split"].unique().to_list()) - set(SPLITS))
     if unknown:
-        raise UserError(f"{file}: unknown split {unknown[0]!r}, expected {', '.join(SPLITS)}")
+        found = repr(unknown[0]) if re.fullmatch("[A-Za-z_-]{1,20}", unknown[0]) else "(no word; another column's?)"
+        raise UserError(f"{file}: unknown split {found}, expected {', '.join(SPLITS)}")
     twice = int(frame["subject_id"].is_duplicated().sum())
     if twice:
         count = frame.filter(frame["subject_id"].is_duplicated())["subject_id"].n_unique()

@@ -118,6 +118,8 @@ def scan_table(path: Path, columns: tuple[str, ...]) -> pl.LazyFrame:
     with readable(path, "CSV"):
         frame = pl.scan_csv(path, infer_schema=False, glob=False)
         found = frame.collect_schema().names()
+    if not set(columns) & set(found):  # the first row of a table without a header is a record, not to be quoted
+        raise UserError(f"{path}: no header with {columns[0]!r} and so on in its first line; fetch the file again")
     for column in columns:
         if column not in found:
             raise UserError(f"{path}: no column {column!r}; it has {', '.join(found)[:200]}")

@@ -21,7 +21,7 @@ from typing import Any, Self
 import optuna
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 
-from behrt.config import UserError, nearest
+from behrt.config import EXPERIMENT_NAME, UserError, nearest
 from behrt.sweep.definitions import first_difference
 from behrt.sweep.samplers import make_pruner, make_sampler, resolve_pruner
 from behrt.sweep.settings import Budget, Sweep
@@ -139,6 +139,8 @@ class SweepStudy:
 
     @classmethod
     def _open(cls, name: str, storage: Storage) -> Self:
+        if not EXPERIMENT_NAME.fullmatch(name):  # it becomes a folder, and a storage may hold anybody's studies
+            raise UserError(f"{name!r} is no name of a study; they are of letters, digits, '.', '_' and '-'")
         names = optuna.get_all_study_names(storage=storage.rdb)
         if name not in names:
             raise _unknown(name, names, storage)
