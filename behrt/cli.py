@@ -231,8 +231,13 @@ def train(
     except KeyboardInterrupt:
         if (folder / "logs" / "tracking.json").exists():
             listener.stop()
-            console.print(f"To go on: behrt train --resume {shlex.quote(str(folder))}", markup=False)
+            console.print(f"To go on: {how_to_go_on(folder)}", markup=False)
         raise
+    except OSError as error:  # a full disk, above all
+        if not (folder / "checkpoints" / "last").exists():
+            raise
+        message = f"{one_line(error)}; the checkpoint before is whole: make room, then {how_to_go_on(folder)}"
+        raise UserError(message) from error
     finally:
         stopper.close()
         listener.stop()
@@ -244,6 +249,11 @@ def train(
     if result.status == "FAILED":
         lost_to = [result.lost_to] if result.lost_to else result.diagnosis.of_severity("error")
         raise LostRun(f"ended after epoch {result.last.epoch if result.last else 0}: {reasons(lost_to)}")
+
+
+def how_to_go_on(folder: Path) -> str:
+    """The command that goes on with a run."""
+    return f"behrt train --resume {shlex.quote(str(folder))}"
 
 
 def attempt_of(target: str, *, preset: str | None, experiment: str | None, out: Path | None) -> Attempt:

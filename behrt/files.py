@@ -6,6 +6,7 @@ Everything is written beside its place, flushed to the disk, and renamed.
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -73,6 +74,19 @@ def replacing_folder(path: Path, *, mode: int = 0o777, former_to: Path | None = 
         _flush(path.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def finish_after_a_kill(path: Path) -> None:
+    """Undoes what a process left that was killed in `replacing_folder(path)`; no other may be in it.
+
+    Killed between the two renames, it left nothing at `path`: the former folder comes back.
+    """
+    for former in path.parent.glob(f".{glob.escape(path.name)}.*.former"):
+        if (former / path.name).exists() and not path.exists():
+            (former / path.name).replace(path)
+        shutil.rmtree(former, ignore_errors=True)
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def remove_half_written(folder: Path) -> None:

@@ -7,6 +7,7 @@ into sequences. Folders are made beside the output and renamed or removed at the
 
 from __future__ import annotations
 
+import glob
 import logging
 import shutil
 import tempfile
@@ -26,7 +27,7 @@ from behrt.coding import ValueSample, append_bins
 from behrt.cohort import COHORT_FILES
 from behrt.config import UserError
 from behrt.events import SPLITS, EventSource, fingerprint, is_in_order, split_by_hash
-from behrt.files import replacing_folder, write_json
+from behrt.files import FolderLock, finish_after_a_kill, is_locked, replacing_folder, write_json
 from behrt.prepare_options import PrepareOptions
 from behrt.sequences import (
     FORMAT,
@@ -62,13 +63,15 @@ def prepare(
         UserError: the source cannot be read or does not fit the options, or `out` is in the way.
     """
     report = progress or (lambda stage, done, steps: None)
+    _clear_remains(out)
     _check_places(source, out, overwrite)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         spill = tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".spill", dir=out.parent)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written beside: {error.strerror}") from None
-    with spill as scratch:
+    with spill as scratch, ExitStack() as stack:
+        stack.callback(FolderLock(Path(scratch)).release)  # as long as it is held, this process is alive
         report("indexing", 0, 1)
         if options.format == "mimic4":
             tables = Path(scratch) / "tables"
@@ -107,6 +110,19 @@ def report_rows(report: Mapping[str, int]) -> list[tuple[str, int]]:
     """
     always = ("events_read", "events_kept", "subjects_read", "subjects_kept")
     return [(name.replace("_", " "), count) for name, count in report.items() if count or name in always]
+
+
+def _clear_remains(out: Path) -> None:
+    """Removes what a process that was killed has left beside `out`: records, which are nobody's to keep.
+
+    Raises:
+        UserError: a process that is alive prepares into `out`.
+    """
+    for spill in out.parent.glob(f".{glob.escape(out.name)}.*.spill"):
+        if is_locked(spill):
+            raise UserError(f"--out {out}: another behrt prepare is writing there; wait for it, or name another folder")
+        shutil.rmtree(spill, ignore_errors=True)
+    finish_after_a_kill(out)
 
 
 def _check_places(source: Path, out: Path, overwrite: bool) -> None:
