@@ -122,7 +122,7 @@ def always_500() -> Iterator[str]:
             self.send_header("Content-Length", "0")
             self.end_headers()
 
-        do_GET = do_POST = do_PUT = do_PATCH = answer  # noqa: N815
+        do_GET = do_POST = do_PUT = do_PATCH = answer
 
         def log_message(self, *words: object) -> None:
             pass
