@@ -207,15 +207,18 @@ def train(
         name, folder = name_of(attempt), attempt.folder
 
     from behrt.console import TerminalListener, result_lines
-    from behrt.feeding import mark_dead
     from behrt.pretrain import pretrain
     from behrt.stopper import Stopper
+    from behrt.sync import settle_dead
     from behrt.terminal import stderr_console
 
     console = stderr_console()
     listener = TerminalListener(console)
-    if mark_dead(folder) and attempt is None:
-        console.print(f"The former run in {folder} died without a word; it is marked so and kept.", markup=False)
+    if attempt is None and settle_dead(folder):
+        console.print(
+            f"The run in {folder} died without a word, and is marked so; it is kept in {folder / 'earlier'}.",
+            markup=False,
+        )
     stopper = Stopper(insists=True)
     try:
         with stopper.interrupting():
@@ -343,7 +346,11 @@ def doctor(
     from behrt.doctor.diagnosis import diagnose
     from behrt.doctor.facts import with_flags
     from behrt.doctor.targets import read_target
+    from behrt.sync import settle_dead
     from behrt.terminal import stderr_console
+
+    if Path(target).is_dir():
+        settle_dead(Path(target))
 
     facts = with_flags(read_target(target, columns=pairs(columns, "--map")), given(flags))
     diagnosis = diagnose(facts)
@@ -373,7 +380,11 @@ def compare(runs: tuple[str, ...], out: Path, as_json: bool) -> None:
 
     from behrt.comparison import compare_targets
     from behrt.plots import draw_comparison
+    from behrt.sync import settle_dead
 
+    for run in runs:
+        if Path(run).is_dir():
+            settle_dead(Path(run))
     comparison = compare_targets(runs)
     curves = {run.name: run.facts.curves for run in comparison.runs}
     title = "" if comparison.why_not is None else "losses may not compare"
@@ -416,11 +427,14 @@ def sync(runs: tuple[str, ...], as_json: bool) -> None:
 @click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="Port on this machine.")
 def ui(port: int) -> None:
     """Open the MLflow store in the browser: runs side by side, with their curves."""
+    from behrt.sync import find_runs, settle_dead
     from behrt.tracking import serve_ui, ui_address
 
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             raise UserError(f"--port: {port} is taken; choose another")
+    for folder in find_runs(()):
+        settle_dead(folder)
     click.echo(f"Open {ui_address(port)} (Ctrl-C ends the server)", err=True)
     serve_ui(port)
 
