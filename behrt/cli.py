@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from behrt import __version__
-from behrt.config import EXPERIMENT_NAME, UserError, load_experiment
+from behrt.config import EXPERIMENT_NAME, UserError, load_experiment, resolved
 from behrt.exits import (
     EXIT_INTERRUPTED,
     EXIT_LOST,
@@ -364,7 +364,7 @@ def place_of_run(
     """Name and folder of a run: as given, else those of the experiment file, else by the model's size."""
     if experiment is None:
         if out is not None:
-            experiment = re.sub(r"[^A-Za-z0-9._-]", "_", out.resolve().name)
+            experiment = re.sub(r"[^A-Za-z0-9._-]", "_", resolved(out).name)
         elif experiment_file is not None:
             is_standard = experiment_file.name == "experiment.yaml"
             experiment = experiment_file.resolve().parent.name if is_standard else experiment_file.stem

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -51,6 +52,31 @@ def nearest(name: str, candidates: list[str]) -> str:
     """
     close = difflib.get_close_matches(name, candidates, n=1)
     return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(sorted(candidates))}"
+
+
+def refuse_what_is_no_file(path: Path) -> None:
+    """`UserError` where a folder, a pipe or a device stands in the place of a file: the latter two may never end.
+
+    What is not there, or cannot be looked at, is for the one who opens it to say.
+    """
+    try:
+        mode = path.stat().st_mode
+    except ValueError:  # a null byte
+        raise UserError(f"{str(path)[:200]!r}: is no name of a file; correct it") from None
+    except OSError:
+        return
+    if not stat.S_ISREG(mode):
+        found = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise UserError(f"{path}: is no file, but {found}; expected a file, name another or put it there")
+
+
+def resolved(path: Path) -> Path:
+    """The absolute path without links; `UserError` where these lead back to themselves."""
+    try:
+        return path.resolve()
+    except (RuntimeError, OSError) as error:  # the former until Python 3.12
+        reason = error.strerror if isinstance(error, OSError) else "symbolic links that lead back to themselves"
+        raise UserError(f"{path}: is no place for files: {reason}; name another") from None
 
 
 def describe_validation_error(error: ValidationError, cls: type[BaseModel], where: str) -> str:
