@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from behrt import __version__
-from behrt.config import EXPERIMENT_NAME, UserError, load_experiment, resolved
+from behrt.config import EXPERIMENT_NAME, MAX_SEED, UserError, load_experiment, resolved
 from behrt.exits import (
     EXIT_INTERRUPTED,
     EXIT_LOST,
@@ -31,6 +31,7 @@ from behrt.exits import (
     RefusedRun,
 )
 from behrt.options import (
+    PATH,
     Command,
     adaptation_options,
     data_options,
@@ -47,6 +48,10 @@ from behrt.sweep_commands import sweep
 if TYPE_CHECKING:
     from behrt.config import ExperimentSettings
     from behrt.doctor.rule import Finding
+
+
+LONGEST_LINE = 900
+"""Characters of an error; a value of thousands, quoted by click or by a library, loses its middle."""
 
 
 class InOrder(click.Group):
@@ -81,7 +86,7 @@ def cli(debug: bool) -> None:
 
 @cli.command()
 @click.option("--patients", type=click.IntRange(min=20), default=5000, show_default=True, help="How many patients.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--out", type=PATH, required=True, help="Folder to write.")
 @click.option(
     "--structure",
     type=click.Choice(["hmm", "none"]),
@@ -89,7 +94,7 @@ def cli(debug: bool) -> None:
     show_default=True,
     help="`hmm`: hidden profiles and stages; `none`: uniform codes, nothing to learn.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which patients are drawn.")
+@click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True, help="Of the draw.")
 @click.option("--overwrite", is_flag=True, help="Replace a simulated cohort in OUT.")
 @json_option
 def simulate(patients: int, out: Path, structure: Any, seed: int, overwrite: bool, as_json: bool) -> None:
@@ -111,8 +116,8 @@ def prepare_option(name: str, help: str, **settings: Any) -> Callable[[Command],
 
 
 @cli.command()
-@click.argument("source", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the prepared records.")
+@click.argument("source", type=PATH)
+@click.option("--out", type=PATH, required=True, help="Folder for the prepared records.")
 @prepare_option(
     "format", "Layout of SOURCE: MEDS parquet, or the raw MIMIC-IV tables.", type=click.Choice(["meds", "mimic4"])
 )
@@ -163,14 +168,14 @@ def prepare(source: Path, out: Path, overwrite: bool, as_json: bool, **flags: An
 
 
 @cli.command()
-@click.argument("experiment_file", required=False, metavar="[EXPERIMENT.yaml]", type=click.Path(path_type=Path))
+@click.argument("experiment_file", required=False, metavar="[EXPERIMENT.yaml]", type=PATH)
 @preset_option
 @model_options
 @adaptation_options
 @data_options
 @training_options
 @click.option("--experiment", default=None, help="Name of the folder under experiments/ and in MLflow.")
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="Another folder than experiments/NAME.")
+@click.option("--out", type=PATH, default=None, help="Another folder than experiments/NAME.")
 @click.option("--force", is_flag=True, help="Train even if the pre-flight finds that the run cannot learn.")
 @json_option
 def train(
@@ -208,7 +213,7 @@ def train(
 
 
 @cli.command()
-@click.argument("experiment_file", required=False, metavar="[EXPERIMENT.yaml]", type=click.Path(path_type=Path))
+@click.argument("experiment_file", required=False, metavar="[EXPERIMENT.yaml]", type=PATH)
 @preset_option
 @model_options
 @adaptation_options
@@ -242,9 +247,9 @@ def params(experiment_file: Path | None, preset: str | None, as_json: bool, **fl
 @adaptation_options
 @data_options
 @training_options
-@click.option("--total-parameters", type=click.IntRange(min=1), help="Parameters of the model.")
-@click.option("--trainable-parameters", type=click.IntRange(min=0), help="How many of them are trained.")
-@click.option("--val-patients", type=click.IntRange(min=0), help="Patients in the validation set.")
+@click.option("--total-parameters", type=click.IntRange(1, 10**15), help="Parameters of the model.")
+@click.option("--trainable-parameters", type=click.IntRange(0, 10**15), help="How many of them are trained.")
+@click.option("--val-patients", type=click.IntRange(0, 10**15), help="Patients in the validation set.")
 @json_option
 def doctor(
     target: str | None, columns: tuple[str, ...], as_list: bool, rule: str | None, as_json: bool, **flags: Any
@@ -280,7 +285,7 @@ def doctor(
 @click.argument("runs", nargs=-1, metavar="RUN RUN ...")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=Path("comparison.png"),
     show_default=True,
     help="Figure to draw (PNG); one that is there is replaced.",
@@ -418,5 +423,6 @@ def one_line(error: Exception) -> str:
 
 
 def fail(message: str, code: int) -> int:
-    click.echo(" ".join(message.split()), err=True)
+    line = " ".join(message.split())
+    click.echo(line if len(line) <= LONGEST_LINE else f"{line[:600]} ... {line[-200:]}", err=True)
     return code

@@ -36,6 +36,7 @@ SPLITS = {"train": 0.8, "tuning": 0.1, "held_out": 0.1}
 BIRTH = "MEDS_BIRTH"
 FEWEST_PATIENTS = 20
 """Below this the tuning and held-out splits have fewer than two patients each."""
+MOST_PATIENTS = 10_000_000
 
 VISITS = (3, 9)
 """Fewest and most visits of a patient, drawn uniformly."""
@@ -236,6 +237,8 @@ def simulate(
     """
     if patients < FEWEST_PATIENTS:
         raise UserError(f"--patients: found {patients}, expected {FEWEST_PATIENTS} or more; ask for more patients")
+    if patients > MOST_PATIENTS:
+        raise UserError(f"--patients: found {patients}, expected {MOST_PATIENTS:,} or fewer: they are drawn in memory")
     refuse_to_replace(out, overwrite)
     assert structure in get_args(Structure)
     hidden = population(structure)

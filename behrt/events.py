@@ -87,8 +87,8 @@ def readable(file: Path, kind: str = "parquet") -> Iterator[None]:
         column = re.search(r"in column '(\w+)'", str(error))
         where = f" of {column[1]!r}" if column and column[1] in EVENT_SCHEMA else ""
         raise UserError(
-            f"{file}: a value in it does not fit the type{where}: subject_id is an integer of 64 bits, time a timestamp "
-            "in years 1 to 9999; correct it"
+            f"{file}: a value in it does not fit the type{where}: subject_id is an integer of 64 bits, time a "
+            "timestamp in years 1 to 9999; correct it"
         ) from None
     except pl.exceptions.NoDataError:
         raise UserError(f"{file}: is empty, expected {kind} with a header; fetch the file again") from None

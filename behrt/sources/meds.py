@@ -115,7 +115,8 @@ def scan_events(file: Path, columns: Mapping[str, str]) -> pl.LazyFrame:
     for required in ("subject_id", "time", "code"):
         if required not in names:
             raise UserError(
-                f"{file}: no column {required!r}; it has {shown_columns(list(schema))}; rename one with --column NAME={required}"
+                f"{file}: no column {required!r}; it has {shown_columns(list(schema))}; rename one with "
+                f"--column NAME={required}"
             )
     selected = []
     for name, dtype in EVENT_SCHEMA.items():
