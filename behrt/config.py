@@ -47,6 +47,9 @@ SHOWN_AS_RANDOM = 0.1
 class UserError(ValueError):
     """A mistake of the user's: one line that names the file or flag, what was found, what was expected, what to do."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))  # names of files and keys may hold line breaks
+
 
 def nearest(name: str, candidates: list[str]) -> str:
     """The known name that a misspelt one most resembles, as a hint to append to an error.

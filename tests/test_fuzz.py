@@ -1,8 +1,8 @@
 """What do the readers make of input that nobody would think of?
 
 Whatever a file holds, reading it gives a result or a `UserError` of one line that names it, and nothing is left of an
-output that failed. `BEHRT_FUZZ_EXAMPLES` sets how many inputs each property is tried on; the draws are the same on every
-machine.
+output that failed. `BEHRT_FUZZ_EXAMPLES` sets how many inputs each property is tried on; the draws are the same
+everywhere.
 """
 
 import gzip
@@ -67,7 +67,7 @@ def folder() -> Iterator[Path]:
 
 
 def reads(read: Callable[[], Any], *names: str) -> bool:
-    """Whether it is read; if not, one line says so and names one of `names`. Anything else is an error of the reader."""
+    """Whether it is read; if not, one line says so and names one of `names`. Anything else is the reader's mistake."""
     try:
         read()
     except UserError as error:
@@ -161,7 +161,7 @@ def test_any_table_of_events_is_prepared_or_refused_in_one_line(frame: pl.DataFr
 # --- MIMIC-IV tables ---
 
 CELLS = st.one_of(
-    st.sampled_from(["1", "2", "100", "200", "2180-05-01 08:00:00", "9999-12-31", "0001-01-01", "", "-1", "1e9", "F", "10"]),
+    st.sampled_from(["1", "2", "100", "200", "2180-05-01 08:00:00", "9999-12-31", "0001-01-01", "", "-1", "1e9", "F"]),
     st.integers().map(str),
     st.text(max_size=8),
     st.binary(max_size=8).map(lambda raw: raw.decode("utf-8", "surrogateescape")),
@@ -204,7 +204,9 @@ def test_any_change_of_a_mimic_table_is_prepared_or_refused_in_one_line(
 # --- damaged files ---
 
 DAMAGE = st.lists(
-    st.tuples(st.sampled_from(["flip", "cut", "zero", "insert"]), st.floats(0, 1, exclude_max=True), st.integers(0, 255)),
+    st.tuples(
+        st.sampled_from(["flip", "cut", "zero", "insert"]), st.floats(0, 1, exclude_max=True), st.integers(0, 255)
+    ),
     min_size=1,
     max_size=4,
 )  # fmt: skip
@@ -253,7 +255,9 @@ def _good_files_are_removed() -> Iterator[None]:
 
 
 def small_model() -> BEHRTForMaskedLM:
-    config = BEHRTConfig.small(vocab_size=8, embedding_dim=8, hidden_dim=8, num_layers=1, num_heads=2, feedforward_dim=8)
+    config = BEHRTConfig(
+        vocab_size=8, embedding_dim=8, hidden_dim=8, num_layers=1, num_heads=2, feedforward_dim=8, max_position=50
+    )
     return BEHRTForMaskedLM(config, generator=torch.Generator().manual_seed(0))
 
 
@@ -301,7 +305,8 @@ def first_batch(prepared: Path) -> None:
 
 
 @given(
-    name=st.sampled_from(["train.arrow", "train.arrow", "tuning.arrow", "dataset.json", "vocabulary.json"]), damage=DAMAGE
+    name=st.sampled_from(["train.arrow", "train.arrow", "tuning.arrow", "dataset.json", "vocabulary.json"]),
+    damage=DAMAGE,
 )
 @tried(80)
 def test_damaged_prepared_records_can_be_trained_on_or_are_refused_in_one_line(
@@ -333,11 +338,13 @@ def test_a_damaged_checkpoint_is_loaded_or_refused_in_one_line(
 
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.integers(0, 100), st.floats(), st.text(max_size=10), st.dates(),
-    st.sampled_from(["auto", "small", "query", "hmm", "1e-3", "val_loss", "tpe", "grid", "float", "int", "categorical"]),
+    st.sampled_from(["auto", "small", "query", "hmm", "1e-3", "val_loss", "tpe", "grid", "float", "int"]),
     st.binary(max_size=5), st.sampled_from([10**30, -(10**30), 1e308, 1e-308]),
 )  # fmt: skip
 NESTED = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=8
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
 )  # fmt: skip
 
 
@@ -360,7 +367,7 @@ PARAMETERS = st.fixed_dictionaries(
         "choices": st.lists(SCALARS, max_size=4) | NESTED,
     },
 )
-SEARCHED = ("lr", "dropout", "lora_rank", "use_lora", "batch_size", "weight_decay", "model_size", "lora_targets", "epochs")
+SEARCHED = ("lr", "dropout", "lora_rank", "use_lora", "batch_size", "weight_decay", "model_size", "lora_targets")
 
 
 def sweeps() -> SearchStrategy[dict[str, Any]]:
@@ -403,9 +410,11 @@ def test_any_sweep_file_is_read_or_refused_in_one_line(content: str) -> None:
 # --- what the doctor reads ---
 
 NUMBERS = st.one_of(
-    st.floats(), st.integers(), st.integers(0, 10), st.none(), st.text(max_size=5), st.booleans(), st.sampled_from([1e300])
+    st.floats(), st.integers(), st.integers(0, 10), st.none(), st.text(max_size=5), st.booleans(), st.just(1e300)
 )  # fmt: skip
-NAMES = st.sampled_from(["epoch", "step", "train_loss", "val_loss", "loss", "val_accuracy", "acc", "lr", "grad_norm", "x"])
+NAMES = st.sampled_from(
+    ["epoch", "step", "train_loss", "val_loss", "loss", "val_accuracy", "acc", "lr", "grad_norm", "x"]
+)
 
 
 @st.composite
@@ -419,14 +428,14 @@ def logs(draw: DrawFn) -> tuple[str, str]:
         return "t.csv", "\n".join(separator.join(map(str, row)) for row in [names, *rows])
     if kind == "json":
         points = st.fixed_dictionaries({}, optional={"epoch": NUMBERS, "value": NUMBERS})
-        value = st.dictionaries(NAMES, st.lists(NUMBERS | points, max_size=5) | NUMBERS, max_size=4) | NESTED.filter(_is_json)
-        return "t.json", json.dumps(draw(value))
+        figures = st.dictionaries(NAMES, st.lists(NUMBERS | points, max_size=5) | NUMBERS, max_size=4)
+        return "t.json", json.dumps(draw(figures | NESTED.filter(_is_json)))
     if kind == "jsonl":
         return "t.jsonl", "\n".join(
             json.dumps(row) for row in draw(st.lists(st.dictionaries(NAMES, NUMBERS), min_size=1, max_size=5))
         )
     words = ["Epoch 1/3", "Epoch ", "| Train Loss: ", "Val Loss: ", "Acc: ", "12%", "nan", "1e999", "Total: ", "9" * 40,
-             "Patience: 3/10", "Trainable: ", "LoRA applied to: ", "\n", "vocabulary ", "{", "[", "epoch: ", "loss="]  # fmt: skip
+             "Patience: 3/10", "Trainable: ", "LoRA applied to: ", "\n", "vocabulary ", "{", "[", "loss="]  # fmt: skip
     pieces = draw(st.lists(st.sampled_from(words) | NUMBERS.map(str), max_size=30))
     return "t.log", "".join(pieces)
 
@@ -451,11 +460,16 @@ def test_any_record_of_a_run_is_judged_or_refused_in_one_line(file: tuple[str, s
             json.dumps(judged[0], allow_nan=False)
 
 
-@given(run=st.dictionaries(st.sampled_from(["facts", "settings", "parameters", "patients", "status", "vocab_size"]),
-                           st.dictionaries(st.sampled_from(["total_parameters", "trainable_parameters", "vocab_size", "lr",
-                                                            "val_patients", "chance_loss", "training", "total"]), NUMBERS)
-                           | NUMBERS),
-       figures=st.dictionaries(NAMES, st.lists(NUMBERS, max_size=4)))  # fmt: skip
+FACTS = (
+    "total_parameters", "trainable_parameters", "vocab_size", "lr", "val_patients", "chance_loss", "training", "total",
+)  # fmt: skip
+PARTS = ("facts", "settings", "parameters", "patients", "status", "vocab_size")
+
+
+@given(
+    run=st.dictionaries(st.sampled_from(PARTS), st.dictionaries(st.sampled_from(FACTS), NUMBERS) | NUMBERS),
+    figures=st.dictionaries(NAMES, st.lists(NUMBERS, max_size=4)),
+)
 @tried(80)
 def test_any_folder_of_a_run_is_judged_or_refused_in_one_line(run: dict[str, Any], figures: dict[str, Any]) -> None:
     with folder() as here:
@@ -482,4 +496,4 @@ def test_the_fuzzed_inputs_are_both_read_and_refused() -> None:
             outcomes["log"].add(reads(lambda: read_target(str(here / file[0]))))
 
     collect()
-    assert outcomes == dict.fromkeys(outcomes, {True, False})
+    assert all(found == {True, False} for found in outcomes.values()), outcomes

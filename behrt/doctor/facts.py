@@ -226,6 +226,8 @@ def known_facts(values: Mapping[str, Any]) -> dict[str, Any]:
                 continue
             if isinstance(value, (int, float)) and not abs(value) < LARGEST:  # NaN is not below it either
                 continue
+            if isinstance(value, int) and value < 0:  # all of these are counts
+                continue
             if value is not None:
                 facts[name] = value
     return facts

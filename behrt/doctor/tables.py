@@ -174,7 +174,7 @@ def points_of_rows(rows: Sequence[Mapping[str, Any]], where: str, columns: Mappi
 def _numbered(points: Points) -> Points:
     """Points whose epochs are optimizer steps, with the number of each distinct step in its place."""
     steps = {point.epoch for rows in points.values() for point in rows}
-    if not all(isinstance(step, (int, float)) and math.isfinite(step) for step in steps):
+    if not all(type(step) in (int, float) and abs(float(str(step))) < math.inf for step in steps):
         return points  # what is no number is refused where curves are made
     numbers = {step: number for number, step in enumerate(sorted(steps, key=lambda step: float(str(step))), 1)}
     return {name: [point._replace(epoch=numbers[point.epoch]) for point in rows] for name, rows in points.items()}
