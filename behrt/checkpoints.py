@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from behrt.config import BEHRTConfig, UserError
+from behrt.config import BEHRTConfig, UserError, refuse_what_is_no_file
 from behrt.files import read_json, replacing_folder, verify_checksums, write_checksums, write_json
 from behrt.lora import adapted_layers, load_adapter, merge_adapters, refuse_pickles, save_adapter
 from behrt.model import BEHRTForMaskedLM
@@ -193,10 +193,14 @@ def load_checkpoint(folder: Path, *, load_base: Callable[[Base], Checkpoint] | N
     try:
         config = BEHRTConfig(**about["model"])
         base = Base(**about["base"])
-        epoch, is_lora = int(about["epoch"]), bool(about["lora"])
+        epoch, is_lora = about["epoch"], about["lora"]
+        if not (isinstance(epoch, int) and isinstance(is_lora, bool) and base.is_sound):
+            raise TypeError
     except (KeyError, TypeError, UserError):
         raise UserError(f"{folder / 'checkpoint.json'}: is damaged; choose another checkpoint") from None
     vocabulary = Vocabulary.load(folder / "vocabulary.json")
+    if not is_lora:
+        _refuse_another_shape(config, folder / "model.safetensors")  # before room is made for what it describes
     if is_lora:
         model, _ = make_base(config, vocabulary, base, load_base=load_base)
         load_adapter(model, folder)  # refuses a base that is no longer what it was
@@ -305,7 +309,25 @@ def _load_state(model: nn.Module, path: Path) -> None:
     model.load_state_dict(state)
 
 
+def _refuse_another_shape(config: BEHRTConfig, path: Path) -> None:
+    """`UserError` unless the file holds the tensors of such a model; only its header is read."""
+    size = path.stat().st_size if path.is_file() else 0
+    # each layer has tensors, and each number four bytes: a file of this size describes no larger model
+    if max(config.num_layers, config.vocab_size, config.hidden_dim, config.feedforward_dim) > size:
+        raise UserError(f"{path}: its tensors do not fit the model that checkpoint.json describes")
+    with torch.device("meta"):
+        expected = {name: tuple(value.shape) for name, value in BEHRTForMaskedLM(config).state_dict().items()}
+    try:
+        with safe_open(path, framework="pt") as handle:
+            found = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        raise UserError(f"{path}: is missing or damaged; choose another checkpoint") from None
+    if found != expected:
+        raise UserError(f"{path}: its tensors do not fit the model that checkpoint.json describes")
+
+
 def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    refuse_what_is_no_file(path)
     try:
         return load_file(path)
     except (OSError, SafetensorError):
@@ -336,4 +358,9 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, path: Pa
         if name not in index:
             raise UserError(f"{path}: belongs to another model; it trains {name}")
         state.setdefault(index[name], {})[what] = tensor
+    shapes = dict(enumerate(parameter.shape for group in optimizer.param_groups for parameter in group["params"]))
+    for number, tensors in state.items():
+        moments = [tensors.get(what) for what in ("exp_avg", "exp_avg_sq")]
+        if "step" not in tensors or any(moment is None or moment.shape != shapes[number] for moment in moments):
+            raise UserError(f"{path}: is damaged; it lacks a part of the optimizer's state")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

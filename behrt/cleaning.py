@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import polars as pl
 
@@ -24,6 +24,7 @@ EVENT_FATES = (
     "events_without_subject",
     "events_without_code",
     "events_of_subjects_without_split",
+    "events_outside_the_calendar",
     "events_of_subjects_without_birth",
     "static_events_dropped",
     "events_before_birth",
@@ -47,6 +48,9 @@ NOTES = ("subjects_without_birth_kept", "unsorted_shards", "admissions_without_d
 """Counted beside: not a loss, but a surprise."""
 
 DAYS_PER_YEAR = 365.25
+
+CALENDAR = (datetime(1, 1, 1), datetime(9999, 12, 31, 23, 59, 59, 999999))
+"""Times before or after it are no dates but a damaged or a reserved value, and differences of them overflow."""
 
 
 def account(counts: Mapping[str, int]) -> None:
@@ -131,6 +135,7 @@ def clean_events(
         counts["subjects_without_split"] = counts["subjects_read"] - sieve.subjects()
     in_split = sieve.subjects()
     sieve.keep(pl.col("code").str.strip_chars() != "", "events_without_code")
+    sieve.keep(pl.col("time").is_between(*CALENDAR).fill_null(True), "events_outside_the_calendar")
 
     histories = _histories(sieve, options)
     without_birth = histories.filter(pl.col("birth").is_null()).height + in_split - histories.height

@@ -21,7 +21,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from behrt import __version__
-from behrt.config import EXPERIMENT_NAME, FLAGS, UserError, build_settings, lay_over, load_experiment
+from behrt.config import (
+    EXPERIMENT_NAME,
+    FLAGS,
+    MAX_SEED,
+    UserError,
+    build_settings,
+    lay_over,
+    load_experiment,
+    resolved,
+)
 from behrt.exits import (
     EXIT_INTERRUPTED,
     EXIT_LOST,
@@ -32,6 +41,7 @@ from behrt.exits import (
     RefusedRun,
 )
 from behrt.options import (
+    PATH,
     Command,
     adaptation_options,
     data_options,
@@ -50,6 +60,10 @@ if TYPE_CHECKING:
     from behrt.config import ExperimentSettings
     from behrt.doctor.rule import Finding
     from behrt.resume import Attempt
+
+
+LONGEST_LINE = 900
+"""Characters of an error; a value of thousands, quoted by click or by a library, loses its middle."""
 
 
 class InOrder(click.Group):
@@ -84,7 +98,7 @@ def cli(debug: bool) -> None:
 
 @cli.command()
 @click.option("--patients", type=click.IntRange(min=20), default=5000, show_default=True, help="How many patients.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--out", type=PATH, required=True, help="Folder to write.")
 @click.option(
     "--structure",
     type=click.Choice(["hmm", "none"]),
@@ -92,7 +106,7 @@ def cli(debug: bool) -> None:
     show_default=True,
     help="`hmm`: hidden profiles and stages; `none`: uniform codes, nothing to learn.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which patients are drawn.")
+@click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True, help="Of the draw.")
 @click.option("--overwrite", is_flag=True, help="Replace a simulated cohort in OUT.")
 @json_option
 def simulate(patients: int, out: Path, structure: Any, seed: int, overwrite: bool, as_json: bool) -> None:
@@ -114,8 +128,8 @@ def prepare_option(name: str, help: str, **settings: Any) -> Callable[[Command],
 
 
 @cli.command()
-@click.argument("source", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the prepared records.")
+@click.argument("source", type=PATH)
+@click.option("--out", type=PATH, required=True, help="Folder for the prepared records.")
 @prepare_option(
     "format", "Layout of SOURCE: MEDS parquet, or the raw MIMIC-IV tables.", type=click.Choice(["meds", "mimic4"])
 )
@@ -166,14 +180,14 @@ def prepare(source: Path, out: Path, overwrite: bool, as_json: bool, **flags: An
 
 
 @cli.command()
-@click.argument("experiment_file", required=False, metavar="[EXPERIMENT.yaml]", type=click.Path(path_type=Path))
+@click.argument("experiment_file", required=False, metavar="[EXPERIMENT.yaml]", type=PATH)
 @preset_option
 @model_options
 @adaptation_options
 @data_options
 @training_options
 @click.option("--experiment", default=None, help="Name of the folder under experiments/ and in MLflow.")
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="Another folder than experiments/NAME.")
+@click.option("--out", type=PATH, default=None, help="Another folder than experiments/NAME.")
 @click.option("--force", is_flag=True, help="Train even if the pre-flight finds that the run cannot learn.")
 @click.option(
     "--resume",
@@ -288,7 +302,7 @@ def name_of(attempt: Attempt) -> str:
 
 
 @cli.command()
-@click.argument("experiment_file", required=False, metavar="[EXPERIMENT.yaml]", type=click.Path(path_type=Path))
+@click.argument("experiment_file", required=False, metavar="[EXPERIMENT.yaml]", type=PATH)
 @preset_option
 @model_options
 @adaptation_options
@@ -322,9 +336,9 @@ def params(experiment_file: Path | None, preset: str | None, as_json: bool, **fl
 @adaptation_options
 @data_options
 @training_options
-@click.option("--total-parameters", type=click.IntRange(min=1), help="Parameters of the model.")
-@click.option("--trainable-parameters", type=click.IntRange(min=0), help="How many of them are trained.")
-@click.option("--val-patients", type=click.IntRange(min=0), help="Patients in the validation set.")
+@click.option("--total-parameters", type=click.IntRange(1, 10**15), help="Parameters of the model.")
+@click.option("--trainable-parameters", type=click.IntRange(0, 10**15), help="How many of them are trained.")
+@click.option("--val-patients", type=click.IntRange(0, 10**15), help="Patients in the validation set.")
 @json_option
 def doctor(
     target: str | None, columns: tuple[str, ...], as_list: bool, rule: str | None, as_json: bool, **flags: Any
@@ -364,7 +378,7 @@ def doctor(
 @click.argument("runs", nargs=-1, metavar="RUN RUN ...")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=Path("comparison.png"),
     show_default=True,
     help="Figure to draw (PNG); one that is there is replaced.",
@@ -469,7 +483,7 @@ def place_of_run(
     """Name and folder of a run: as given, else those of the experiment file, else by the model's size."""
     if experiment is None:
         if out is not None:
-            experiment = re.sub(r"[^A-Za-z0-9._-]", "_", out.resolve().name)
+            experiment = re.sub(r"[^A-Za-z0-9._-]", "_", resolved(out).name)
         elif experiment_file is not None:
             is_standard = experiment_file.name == "experiment.yaml"
             experiment = experiment_file.resolve().parent.name if is_standard else experiment_file.stem
@@ -523,5 +537,6 @@ def one_line(error: Exception) -> str:
 
 
 def fail(message: str, code: int) -> int:
-    click.echo(" ".join(message.split()), err=True)
+    line = " ".join(message.split())
+    click.echo(line if len(line) <= LONGEST_LINE else f"{line[:600]} ... {line[-200:]}", err=True)
     return code

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from behrt.config import Structure, UserError
+from behrt.config import Structure, UserError, refuse_what_is_no_file, resolved
 from behrt.files import replacing_file, replacing_folder, write_json
 from behrt.population import Population, code_book, population
 
@@ -36,6 +36,7 @@ SPLITS = {"train": 0.8, "tuning": 0.1, "held_out": 0.1}
 BIRTH = "MEDS_BIRTH"
 FEWEST_PATIENTS = 20
 """Below this the tuning and held-out splits have fewer than two patients each."""
+MOST_PATIENTS = 10_000_000
 
 VISITS = (3, 9)
 """Fewest and most visits of a patient, drawn uniformly."""
@@ -236,6 +237,8 @@ def simulate(
     """
     if patients < FEWEST_PATIENTS:
         raise UserError(f"--patients: found {patients}, expected {FEWEST_PATIENTS} or more; ask for more patients")
+    if patients > MOST_PATIENTS:
+        raise UserError(f"--patients: found {patients}, expected {MOST_PATIENTS:,} or fewer: they are drawn in memory")
     refuse_to_replace(out, overwrite)
     assert structure in get_args(Structure)
     hidden = population(structure)
@@ -255,7 +258,7 @@ def simulate(
         emission=hidden.emission,
     )
     split_of_row = splits[table["subject_id"].to_numpy() - 1]
-    with replacing_folder(out.resolve()) as beside:
+    with replacing_folder(resolved(out)) as beside:
         for name in SPLITS:
             write_table(table.filter(pa.array(split_of_row == name)), beside / "data" / name / "0.parquet")
         write_metadata(beside / "metadata", cohort, splits)
@@ -311,12 +314,14 @@ def load_cohort(folder: Path) -> Cohort:
         UserError: a file is missing, damaged, or of another format version.
     """
     path, arrays_path = (folder / name for name in COHORT_FILES)
+    for file in (path, arrays_path):
+        refuse_what_is_no_file(file)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         version = found.pop("format_version")
     except FileNotFoundError:
         raise UserError(f"{path}: not found, expected the hidden model of a simulated cohort; simulate one") from None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, RecursionError, KeyError, AttributeError, TypeError):
         raise UserError(f"{path}: damaged, expected the JSON of a simulated cohort; simulate it again") from None
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format version {version!r}, expected {FORMAT_VERSION}; simulate the cohort again")

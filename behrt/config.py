@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import difflib
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 ModelSize = Literal["small", "medium", "large"]
 LoRATarget = Literal["query", "key", "value", "output", "feedforward"]
@@ -26,8 +27,14 @@ StopOn = Literal["error", "warning", "never"]
 FLAGS = "flags"
 """Where settings come from that no file holds; errors then name the flag."""
 
+MAX_SEED = 2**63 - 1
+"""What every generator takes."""
+
 MAX_AUTO_POSITION = 512
 """Positions that `--max-position auto` never exceeds."""
+
+MAX_POSITION = 100_000
+"""Positions that attention, which is quadratic in them, can be asked for at all."""
 
 SELECTED_SHARE = 0.15
 """Share of the ordinary (not special) tokens that are selected to be guessed (Devlin et al., 2019)."""
@@ -40,6 +47,9 @@ SHOWN_AS_RANDOM = 0.1
 class UserError(ValueError):
     """A mistake of the user's: one line that names the file or flag, what was found, what was expected, what to do."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))  # names of files and keys may hold line breaks
+
 
 def nearest(name: str, candidates: list[str]) -> str:
     """The known name that a misspelt one most resembles, as a hint to append to an error.
@@ -51,6 +61,31 @@ def nearest(name: str, candidates: list[str]) -> str:
     """
     close = difflib.get_close_matches(name, candidates, n=1)
     return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(sorted(candidates))}"
+
+
+def refuse_what_is_no_file(path: Path) -> None:
+    """`UserError` where a folder, a pipe or a device stands in the place of a file: the latter two may never end.
+
+    What is not there, or cannot be looked at, is for the one who opens it to say.
+    """
+    try:
+        mode = path.stat().st_mode
+    except ValueError:  # a null byte
+        raise UserError(f"{str(path)[:200]!r}: is no name of a file; correct it") from None
+    except OSError:
+        return
+    if not stat.S_ISREG(mode):
+        found = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise UserError(f"{path}: is no file, but {found}; expected a file, name another or put it there")
+
+
+def resolved(path: Path) -> Path:
+    """The absolute path without links; `UserError` where these lead back to themselves."""
+    try:
+        return path.resolve()
+    except (RuntimeError, OSError) as error:  # the former until Python 3.12
+        reason = error.strerror if isinstance(error, OSError) else "symbolic links that lead back to themselves"
+        raise UserError(f"{path}: is no place for files: {reason}; name another") from None
 
 
 def describe_validation_error(error: ValidationError, cls: type[BaseModel], where: str) -> str:
@@ -75,13 +110,34 @@ def describe_validation_error(error: ValidationError, cls: type[BaseModel], wher
         return f"{named}: unknown key{nearest(path[-1], list(owner.model_fields))}"
     if is_section:
         message = "expected keys and values"
-    return f"{named}: {message} (found {str(problem['input'])[:60]!r})"
+    return f"{named}: {message} (found {shown_value(problem['input'])!r})"
+
+
+def shown_value(value: Any) -> str:
+    """A value for an error, in 60 characters.
+
+    >>> shown_value({"lr": 0.1}), shown_value(1 << 99_999)
+    ("{'lr': 0.1}", 'a number of thousands of digits')
+    """
+    try:
+        return str(value)[:60]
+    except ValueError:  # Python refuses to write out, as it refuses to read
+        return "a number of thousands of digits"
 
 
 class Section(BaseModel):
     """Base of the sections of an experiment: keyword-only, frozen, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        kinds = {annotation, *get_args(annotation)}
+        if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+            raise ValueError("expected a number")  # pydantic takes true for 1
+        return value
 
 
 class Settings(Section):
@@ -183,20 +239,22 @@ class ModelSettings(Section):
     """Section `model`: the size, and what departs from it."""
 
     model_size: ModelSize = "small"
-    vocab_size: int | None = Field(default=None, gt=5, description="default: the data's own vocabulary")
+    vocab_size: int | None = Field(default=None, gt=5, le=10_000_000, description="default: the data's own vocabulary")
     max_position: int | Literal["auto"] = "auto"
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    embedding_dim: int | None = Field(default=None, gt=0)
-    hidden_dim: int | None = Field(default=None, gt=0)
-    num_layers: int | None = Field(default=None, gt=0)
-    num_heads: int | None = Field(default=None, gt=0)
-    feedforward_dim: int | None = Field(default=None, gt=0)
+    embedding_dim: int | None = Field(default=None, gt=0, le=65_536)
+    hidden_dim: int | None = Field(default=None, gt=0, le=65_536)
+    num_layers: int | None = Field(default=None, gt=0, le=1000)
+    num_heads: int | None = Field(default=None, gt=0, le=1024)
+    feedforward_dim: int | None = Field(default=None, gt=0, le=262_144)
 
     @field_validator("max_position")
     @classmethod
     def _room_for_a_sequence(cls, value: int | str) -> int | str:
         if isinstance(value, int) and value < 3:
             raise ValueError("a sequence needs at least 3 positions ([CLS] code [SEP]), or 'auto'")
+        if isinstance(value, int) and value > MAX_POSITION:
+            raise ValueError(f"expected at most {MAX_POSITION:,} positions, or 'auto'")
         return value
 
     def config(self, *, vocab_size: int, max_position: int | None = None) -> BEHRTConfig:
@@ -217,7 +275,7 @@ class AdaptationSettings(Section):
     """Section `adaptation`: what is trained, and where the weights start."""
 
     use_lora: bool = False
-    lora_rank: int = Field(default=16, ge=1)
+    lora_rank: int = Field(default=16, ge=1, le=65_536)
     lora_alpha: float | None = Field(default=None, gt=0, description="default: twice the rank")
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     lora_targets: tuple[LoRATarget, ...] = Field(default=("query", "key", "value", "output"), min_length=1)
@@ -244,29 +302,35 @@ class DataSettings(Section):
     """Section `data`: prepared records, or a simulated cohort."""
 
     data: str | None = Field(default=None, description="prepared records; without it a cohort is simulated")
-    num_patients: int = Field(default=5000, ge=40, description="patients of the simulated cohort")
-    max_patients: int | None = Field(default=None, ge=1, description="use only this many training patients")
+    num_patients: int = Field(default=5000, ge=40, le=10_000_000, description="patients of the simulated cohort")
+    max_patients: int | None = Field(
+        default=None, ge=1, le=MAX_SEED, description="use only this many training patients"
+    )
     structure: Structure = "hmm"
-    simulation_seed: int = Field(default=0, ge=0)
+    simulation_seed: int = Field(default=0, ge=0, le=MAX_SEED)
 
 
 class TrainingSettings(Section):
     """Section `training`: optimisation, stopping, and the machine."""
 
-    epochs: int = Field(default=50, ge=1)
-    batch_size: int = Field(default=32, ge=1, description="patients per optimizer step")
-    accumulation_steps: int = Field(default=1, ge=1, description="micro-batches that a step is computed in")
+    epochs: int = Field(default=50, ge=1, le=1_000_000)
+    batch_size: int = Field(default=32, ge=1, le=10_000_000, description="patients per optimizer step")
+    accumulation_steps: int = Field(
+        default=1, ge=1, le=10_000_000, description="micro-batches that a step is computed in"
+    )
     lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1, description="share of all steps")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     gradient_clip: float = Field(default=1.0, gt=0, description="largest L2 norm of the gradient")
-    early_stopping_patience: int = Field(default=10, ge=0, description="epochs without a better val_loss; 0 is never")
+    early_stopping_patience: int = Field(
+        default=10, ge=0, le=1_000_000, description="epochs without a better val_loss; 0 is never"
+    )
     early_stopping_min_delta: float = Field(default=0.0, ge=0, description="how much lower counts as better")
     stop_on: StopOn = Field(default="error", description="findings of the doctor that end a run in progress")
     recover: bool = Field(default=False, description="go back to the last checkpoint when a loss is no number")
-    checkpoint_minutes: float = Field(default=10.0, gt=0, description="between checkpoints inside an epoch")
-    seed: int = Field(default=0, ge=0)
+    checkpoint_minutes: float = Field(default=10.0, gt=0, le=100_000, description="between checkpoints in an epoch")
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
     device: Device = "auto"
     precision: Precision = "auto"
 
@@ -354,12 +418,73 @@ def lay_over(base: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
+MOST_BYTES, MOST_VALUES, DEEPEST = 1_000_000, 10_000, 20
+"""Of a settings file. Beyond these it is another file, or one whose aliases multiply until no memory holds them."""
+
+
+class _SettingsLoader(yaml.SafeLoader):
+    """Reads YAML without objects of Python, and says where a value is not what it looks like."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError):  # 2024-13-45, or !!bool maybe
+            raise yaml.constructor.ConstructorError(
+                None, None, "a value that looks like a date or a number, and is none", node.start_mark
+            ) from None
+
+
+def _load_yaml(text: str, path: Path) -> Any:
+    """The content of a settings file; `UserError` for keys that stand there twice, aliases that multiply, depth."""
+    loader = _SettingsLoader(text)
+    count = 0
+
+    def check(node: yaml.Node, place: tuple[str, ...], depth: int) -> None:
+        nonlocal count
+        count += 1
+        line = f"{path}, line {node.start_mark.line + 1}"
+        if depth > DEEPEST:
+            raise UserError(f"{line}: {place[0][:60] if place else 'a list'}: refers to itself, or is too deep")
+        if count > MOST_VALUES:
+            raise UserError(f"{line}: too many values for a settings file; expected at most {MOST_VALUES:,}")
+        if isinstance(node, yaml.SequenceNode):
+            for value in node.value:
+                check(value, place, depth + 1)
+        elif isinstance(node, yaml.MappingNode):
+            keys = set()
+            for key, value in node.value:
+                name = key.value if isinstance(key, yaml.ScalarNode) else "a key that is no name"
+                inner = (*place, name)
+                if name in keys:
+                    where = f"{path}, line {key.start_mark.line + 1}"
+                    raise UserError(f"{where}: {'.'.join(inner)[:200]}: stands there twice")
+                keys.add(name)
+                check(key, inner, depth + 1)
+                check(value, inner, depth + 1)
+
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        check(root, (), 0)
+        return loader.construct_document(root)
+    except RecursionError:
+        raise UserError(f"{path}: is nested too deep for a settings file; expected sections and their keys") from None
+    finally:
+        loader.dispose()
+
+
 def read_experiment_file(
     path: Path, *, expected: str = "sections model, adaptation, data and training"
 ) -> dict[str, Any]:
     """The nested mapping of an `experiment.yaml`; `UserError` where it is missing, unreadable or no mapping."""
+    refuse_what_is_no_file(path)
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            raw = file.read(MOST_BYTES + 1)
+        if len(raw) > MOST_BYTES:
+            raise UserError(f"{path}: is too large for a settings file; expected at most {MOST_BYTES:,} bytes")
+        loaded = _load_yaml(raw.decode("utf-8-sig"), path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such experiment file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -368,9 +493,8 @@ def read_experiment_file(
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(
-            f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or 'cannot be parsed'}"
-        ) from None
+        problem = getattr(error, "problem", None) or "cannot be parsed"
+        raise UserError(f"{path}{line}: not valid YAML: {problem[:200]}") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):

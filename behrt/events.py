@@ -7,6 +7,10 @@ whole subjects, each of bounded size, so that no data set ever needs to fit into
 from __future__ import annotations
 
 import hashlib
+import os
+import re
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -77,7 +81,15 @@ class EventSource:
 def readable(file: Path, kind: str = "parquet") -> Iterator[None]:
     """Turns a library's error on reading `file` into a `UserError`; its text may quote records, so it is left out."""
     try:
-        yield
+        with _without_panic_report():
+            yield
+    except pl.exceptions.InvalidOperationError as error:  # a conversion; its text goes on to quote values
+        column = re.search(r"in column '(\w+)'", str(error))
+        where = f" of {column[1]!r}" if column and column[1] in EVENT_SCHEMA else ""
+        raise UserError(
+            f"{file}: a value in it does not fit the type{where}: subject_id is an integer of 64 bits, time a "
+            "timestamp in years 1 to 9999; correct it"
+        ) from None
     except pl.exceptions.NoDataError:
         raise UserError(f"{file}: is empty, expected {kind} with a header; fetch the file again") from None
     except (pl.exceptions.PolarsError, OSError, EOFError, pl.exceptions.PanicException) as error:
@@ -85,7 +97,53 @@ def readable(file: Path, kind: str = "parquet") -> Iterator[None]:
             raise UserError(f"{file}: no permission to read it") from None
         if file.is_file() and file.stat().st_size == 0:
             raise UserError(f"{file}: is empty (0 bytes), expected {kind}; fetch the file again") from None
+        if "utf-8" in str(error).lower():
+            raise UserError(
+                f"{file}: cannot be read as {kind}: is not UTF-8 text; convert it, as with `iconv -t UTF-8`"
+            ) from None
         raise UserError(f"{file}: cannot be read as {kind}: truncated, damaged or another format") from None
+
+
+@contextmanager
+def _without_panic_report() -> Iterator[None]:
+    """Keeps back what polars writes to the standard error as it panics: a page of addresses, and values of records.
+
+    The report does not pass through Python, hence the detour of the file descriptor itself.
+    """
+    try:
+        terminal = os.dup(2)
+    except OSError:  # it is closed, and nothing can be written there
+        yield
+        return
+    panicked = False
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        except pl.exceptions.PanicException:
+            panicked = True
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            kept.seek(0)
+            while not panicked and (block := kept.read(1 << 16)):
+                os.write(2, block)
+
+
+def shown_columns(names: Sequence[str]) -> str:
+    """Names of columns for an error: the first few that are plain words.
+
+    Of a table without a header, or with a column a patient, the names are ids, dates and codes: these are counted.
+
+    >>> shown_columns(["subject_id", "time", "40000123", "ICD10CM//E119"])
+    'subject_id, time and 2 more'
+    """
+    plain = [name for name in names if re.fullmatch(r"[A-Za-z][A-Za-z_]{1,39}", name)][:12]
+    more = len(names) - len(plain)
+    return f"{', '.join(plain) or 'no names that are plain words'}{f' and {more} more' if more else ''}"
 
 
 def subject_counts(events: pl.LazyFrame) -> pl.DataFrame:

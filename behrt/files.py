@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from behrt.config import UserError
+from behrt.config import UserError, refuse_what_is_no_file
 
 
 @contextmanager
@@ -173,6 +173,8 @@ def verify_checksums(folder: Path, name: str) -> None:
 
 
 def sha256_of_file(path: Path) -> str:
+    """Of the contents. Raises `UserError` for what is no file, and might never end."""
+    refuse_what_is_no_file(path)
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
@@ -197,13 +199,14 @@ def read_json(path: Path, *, missing: str) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, unreadable, or holds something else.
     """
+    refuse_what_is_no_file(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {missing}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter where it is nested thousands of levels deep
         raise UserError(f"{path}: is damaged; expected JSON") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: is damaged; expected a JSON object, found {type(value).__name__}")

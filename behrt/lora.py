@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from behrt.config import UserError, nearest
+from behrt.config import UserError, nearest, refuse_what_is_no_file
 from behrt.files import replacing_file, write_text
 from behrt.model import BEHRT, uniform_
 
@@ -319,12 +319,13 @@ def _is_pickled(file: Path) -> bool:
 
 def _read_config(path: Path) -> tuple[dict[str, Any], str]:
     """The adapter's configuration, checked, and the SHA-256 of its file."""
+    refuse_what_is_no_file(path)
     try:
         raw = path.read_bytes()
         config = json.loads(raw)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; expected the folder of a saved adapter") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path}: not valid JSON; the file is damaged, save the adapter again") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise UserError(f"{path}: expected a configuration with peft_type LORA")
@@ -344,6 +345,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], str]:
 
 def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a safetensors file, and its header's notes. No other format is ever opened."""
+    refuse_what_is_no_file(path)
     try:
         with safe_open(path, framework="pt") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}  # noqa: SIM118

@@ -7,6 +7,7 @@ through.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -14,6 +15,18 @@ import click
 from behrt.config import PRESETS, SECTION_OF, SECTIONS, SIZES, UserError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class _NamedPath(click.Path):
+    """A path that has a name: an empty one, as of an unset variable of the shell, would be the working folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        if value == "":
+            self.fail("expected a path, found nothing", param, context)
+        return super().convert(value, param, context)
+
+
+PATH = _NamedPath(path_type=Path)
 
 
 def setting(name: str, help: str, *, type: Any = str, negatable: bool = False) -> Callable[[Command], Command]:

@@ -25,7 +25,7 @@ import pyarrow as pa
 from behrt.cleaning import EVENT_FATES, NOTES, SUBJECT_FATES, clean_events
 from behrt.coding import ValueSample, append_bins
 from behrt.cohort import COHORT_FILES
-from behrt.config import UserError
+from behrt.config import UserError, resolved
 from behrt.events import SPLITS, EventSource, fingerprint, is_in_order, split_by_hash
 from behrt.files import FolderLock, finish_after_a_kill, is_locked, replacing_folder, write_json
 from behrt.prepare_options import PrepareOptions
@@ -129,7 +129,11 @@ def _check_places(source: Path, out: Path, overwrite: bool) -> None:
     """Refuses an output that would destroy, or be mistaken for, something else."""
     if not source.exists():
         raise UserError(f"{source}: no such file or folder; expected the records to prepare")
-    here, there = source.resolve(), out.resolve()
+    here = source.resolve()
+    try:
+        there = resolved(out)
+    except UserError as error:
+        raise UserError(f"--out {error}") from None
     if there == here or there.is_relative_to(here):
         raise UserError(f"--out {out}: is the source or lies inside it; name a folder elsewhere")
     if not out.exists():

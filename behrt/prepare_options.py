@@ -9,7 +9,10 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from behrt.config import Settings
+from behrt.config import MAX_SEED, Settings
+
+MOST = 2**31 - 1
+"""Of whatever is counted per patient or code."""
 
 RecordFormat = Literal["meds", "mimic4"]
 
@@ -28,15 +31,15 @@ class PrepareOptions(Settings):
     where: ClassVar[str] = "prepare"
 
     format: RecordFormat = "meds"
-    min_patients: int = Field(default=5, ge=1, description="codes of fewer training patients become [UNK]")
-    min_tokens: int = Field(default=2, ge=1, description="patients with fewer codes are left out")
+    min_patients: int = Field(default=5, ge=1, le=MOST, description="codes of fewer training patients become [UNK]")
+    min_tokens: int = Field(default=2, ge=1, le=MOST, description="patients with fewer codes are left out")
     split: str = Field(default="80/10/10", description="train/tuning/held_out in percent, where the source has none")
-    split_seed: int = Field(default=0, ge=0)
+    split_seed: int = Field(default=0, ge=0, le=MAX_SEED)
     birth_code: str = Field(default="MEDS_BIRTH", min_length=1)
     death_code: str = Field(default="MEDS_DEATH", min_length=1)
     admission_code: str | None = Field(default=None, min_length=1)
     discharge_code: str | None = Field(default=None, min_length=1)
-    visit_gap_hours: float = Field(default=24.0, gt=0, description="a longer pause begins a new visit")
+    visit_gap_hours: float = Field(default=24.0, gt=0, le=1_000_000, description="a longer pause begins a new visit")
     column: dict[str, str] = Field(default_factory=dict, description="name in the source to name of the MEDS column")
     include: tuple[str, ...] = Field(default=(), description="regular expressions; a code must match one of them")
     exclude: tuple[str, ...] = Field(default=(), description="regular expressions; a code must match none of them")
@@ -86,7 +89,8 @@ class PrepareOptions(Settings):
                 probe.str.contains(pattern)
             except pl.exceptions.PolarsError:
                 raise ValueError(
-                    f"{pattern!r} is not a valid regular expression (Rust syntax: no look-around, no back-references)"
+                    f"{pattern[:60]!r} is not a valid regular expression "
+                    "(Rust syntax: no look-around, no back-references)"
                 ) from None
         return value
 

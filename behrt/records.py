@@ -149,6 +149,7 @@ def select_records(data: PreparedData, settings: ExperimentSettings) -> Records:
     for name, split in (("train", training), ("tuning", tuning)):
         if not len(split):
             raise UserError(f"{data.folder}: no patients in the {name} split; prepare with another --split")
+        split.check(len(data.vocabulary))
     patients = np.arange(len(training))
     limit = settings.data.max_patients
     if limit is not None and limit < len(patients):

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
-from behrt.config import UserError
+from behrt.config import UserError, refuse_what_is_no_file
 from behrt.events import SPLITS
 from behrt.vocabulary import CLS, SEP, Vocabulary
 
@@ -37,6 +37,10 @@ SEQUENCE_SCHEMA = pa.schema(
     ]
 )
 """A row a patient; the four lists of a row are equally long, an entry a token."""
+
+SHORTEST = 3
+"""Tokens of the shortest sequence: `[CLS]`, a code, `[SEP]`."""
+AGAIN = "it is damaged, or belongs to another folder; prepare the records again"
 
 
 def build_sequences(events: pl.DataFrame, ids: npt.NDArray[np.int32]) -> pa.RecordBatch:
@@ -101,6 +105,7 @@ class PreparedSplit:
 
     def __init__(self, path: Path) -> None:
         """Maps the file. Raises `UserError` if it is missing or damaged."""
+        refuse_what_is_no_file(path)
         try:
             with pa.memory_map(str(path)) as source:  # the buffers keep the mapping alive
                 reader = pa.ipc.open_file(source)
@@ -115,6 +120,7 @@ class PreparedSplit:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{path}: truncated or damaged; prepare the records again") from None
+        self._path = path
         self._batches = batches
         self._arrays = [_flat_arrays(batch, path) for batch in batches]
         rows = np.array([batch.num_rows for batch in batches], np.int64)
@@ -122,6 +128,24 @@ class PreparedSplit:
         self.lengths: npt.NDArray[np.int32] = np.concatenate(
             [np.zeros(0, np.int32), *(np.diff(offsets) for offsets, *_ in self._arrays)]
         )
+
+    def check(self, vocab_size: int) -> None:
+        """Reads every token once. Raises `UserError` where they cannot be sequences of codes of the vocabulary."""
+        for offsets, codes, ages, visits, _ in self._arrays:
+            if not len(offsets) > 1:
+                continue
+            codes, ages, visits = (array[offsets[0] : offsets[-1]] for array in (codes, ages, visits))
+            starts = offsets[:-1] - offsets[0]
+            if np.diff(offsets).min() < SHORTEST:
+                raise UserError(f"{self._path}: a patient has no token; {AGAIN}")
+            if codes.min() < 0 or codes.max() >= vocab_size:
+                raise UserError(f"{self._path}: has codes outside the vocabulary beside it; {AGAIN}")
+            if (codes[starts] != CLS).any():
+                raise UserError(f"{self._path}: a patient does not begin with [CLS]; {AGAIN}")
+            if visits.min() < 0 or visits[starts].any() or not visits[starts + 1].all():
+                raise UserError(f"{self._path}: visits are not counted from 1; {AGAIN}")
+            if (ages < 0).any() or np.isinf(ages).any():
+                raise UserError(f"{self._path}: has ages that are no ages; {AGAIN}")
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -155,6 +179,8 @@ def _flat_arrays(batch: pa.RecordBatch, path: Path) -> tuple[npt.NDArray[Any], .
     lists: list[Any] = [batch.column(name) for name in SEQUENCE_SCHEMA.names[1:]]
     if any(column.null_count or not column.offsets.equals(lists[0].offsets) for column in lists):
         raise UserError(f"{path}: the lists of a patient differ in length; prepare the records again")
+    if any(column.values.null_count for column in lists):
+        raise UserError(f"{path}: a token of a patient is null; {AGAIN}")
     offsets = lists[0].offsets.to_numpy(zero_copy_only=True)
     return offsets, *(column.values.to_numpy(zero_copy_only=True) for column in lists)
 
@@ -193,7 +219,7 @@ def is_prepared(folder: Path) -> bool:
     """Whether the folder holds prepared records, of any format version."""
     try:
         info = json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(info, dict) and info.get("format") == FORMAT
 
@@ -210,7 +236,11 @@ def read_info(folder: Path) -> dict[str, Any]:
     info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     version = info.get("format_version")
     if version != FORMAT_VERSION:
-        raise UserError(f"{path}: format version {version!r}, expected {FORMAT_VERSION}; prepare the records again")
+        found = repr(version)[:20]
+        raise UserError(f"{path}: format version {found}, expected {FORMAT_VERSION}; prepare the records again")
+    for key, kind in (("name", str), ("options", dict)):
+        if not isinstance(info.get(key), kind):
+            raise UserError(f"{path}: no {key} in it; prepare the records again")
     return info
 
 

@@ -11,7 +11,7 @@ import click
 
 from behrt.config import UserError
 from behrt.exits import LostRun, RefusedRun
-from behrt.options import data_options, given, json_option, options, setting
+from behrt.options import PATH, data_options, given, json_option, options, setting
 
 storage_option = click.option(
     "--storage",
@@ -40,7 +40,7 @@ def sweep() -> None:
 
 
 @sweep.command()
-@click.argument("sweep_file", metavar="SWEEP.yaml", type=click.Path(path_type=Path))
+@click.argument("sweep_file", metavar="SWEEP.yaml", type=PATH)
 @click.option("--trials", type=click.IntRange(min=1), help="Finished trials to come to, instead of the file's.")
 @click.option(
     "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that train trials."
@@ -164,7 +164,7 @@ def best(study: str, storage: str | None, as_json: bool) -> None:
 @sweep.command()
 @click.argument("study")
 @storage_option
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="Folder.  [default: sweeps/STUDY/plots]")
+@click.option("--out", type=PATH, default=None, help="Folder.  [default: sweeps/STUDY/plots]")
 def plot(study: str, storage: str | None, out: Path | None) -> None:
     """Draw the figures of STUDY as PNG files."""
     from behrt.sweep.figures import draw_study
@@ -178,7 +178,7 @@ def plot(study: str, storage: str | None, out: Path | None) -> None:
 
 @sweep.command()
 @click.argument("study")
-@click.option("--to", type=click.Path(path_type=Path), required=True, help="Experiment folder to write.")
+@click.option("--to", type=PATH, required=True, help="Experiment folder to write.")
 @click.option("--trial", type=click.IntRange(min=0), default=None, help="Another complete trial than the best one.")
 @storage_option
 def export(study: str, to: Path, trial: int | None, storage: str | None) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import polars as pl
 
-from behrt.config import UserError
+from behrt.config import UserError, refuse_what_is_no_file
 from behrt.files import write_text
 
 PAD, UNK, CLS, SEP, MASK = range(5)
@@ -111,13 +111,15 @@ class Vocabulary:
     @classmethod
     def load(cls, path: Path) -> Self:
         """Reads what `save` wrote. Raises `UserError` if the file is missing or damaged."""
+        refuse_what_is_no_file(path)
         try:
             loaded: Any = json.loads(path.read_text(encoding="utf-8"))
             tokens, patients = zip(*loaded["tokens"], strict=True)
             edges = {str(code): [float(edge) for edge in own] for code, own in loaded["bin_edges"].items()}
+            json.dumps([tokens, edges], ensure_ascii=False, allow_nan=False).encode()  # no half characters, no infinity
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; the folder holds no prepared records, or lost a file") from None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except (OSError, ValueError, OverflowError, RecursionError, TypeError, KeyError, AttributeError):
             raise UserError(f"{path}: damaged, expected a vocabulary; prepare the records again") from None
         whole = all(isinstance(token, str) for token in tokens) and all(type(count) is int for count in patients)
         if not whole or tokens[:FIRST_CODE] != SPECIAL_TOKENS or len(set(tokens)) != len(tokens):
@@ -125,4 +127,6 @@ class Vocabulary:
                 f"{path}: damaged, expected {', '.join(SPECIAL_TOKENS)} and then distinct codes; "
                 "prepare the records again"
             )
+        if len(tokens) == FIRST_CODE:
+            raise UserError(f"{path}: holds no code beside the special tokens; prepare the records again")
         return cls(tokens=tokens, patients=patients, bin_edges=edges)

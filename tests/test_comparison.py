@@ -1,5 +1,6 @@
 """Does a comparison say what differs between runs, what came of them, and whether their losses compare at all?"""
 
+import io
 import json
 import math
 import shutil
@@ -9,6 +10,7 @@ from contextlib import chdir
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -194,11 +196,8 @@ def test_files_are_named_as_shortly_as_tells_them_apart(tmp_path: Path) -> None:
 
 
 def test_the_standard_input_is_a_run_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stdin:
-        buffer = type("Buffer", (), {"read": staticmethod(lambda: b"epoch,val_loss\n1,6.9\n2,6.5\n")})
-
     (tmp_path / "stdin").write_text("epoch,val_loss\n1,6.9\n2,6.4\n")
-    monkeypatch.setattr(sys, "stdin", Stdin)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"epoch,val_loss\n1,6.9\n2,6.5\n")))
     names = [one.name for one in compare_targets(["-", str(tmp_path / "stdin")]).runs]
     assert names == ["stdin", f"{tmp_path.name}/stdin"]
 

@@ -198,7 +198,7 @@ def test_a_file_that_is_no_database_is_refused_and_left_as_it_is(tmp_path: Path)
 
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:
-    assert "unable to open" in refusal(f"sqlite:///{tmp_path}")
+    assert "is no file, but a folder" in refusal(f"sqlite:///{tmp_path}")
 
 
 def test_a_place_where_no_folder_can_be_made_is_refused(tmp_path: Path) -> None:

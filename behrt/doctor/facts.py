@@ -7,7 +7,6 @@ known. Every fact that is not known is None, and a rule that needs it is listed 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
@@ -201,6 +200,10 @@ def with_flags(facts: RunFacts, flags: Mapping[str, Any]) -> RunFacts:
     return replace(facts, **told, **counts)
 
 
+LARGEST = 1e15
+"""Beyond it a number is no count, loss or size of anything, and shares of it overflow."""
+
+
 @cache
 def _fact_types() -> dict[str, TypeAdapter[Any]]:
     types = get_type_hints(RunFacts)
@@ -221,6 +224,10 @@ def known_facts(values: Mapping[str, Any]) -> dict[str, Any]:
                 value = _fact_types()[name].validate_python(found)
             except ValidationError:
                 continue
-            if value is not None and not (isinstance(value, float) and not math.isfinite(value)):
+            if isinstance(value, (int, float)) and not abs(value) < LARGEST:  # NaN is not below it either
+                continue
+            if isinstance(value, int) and value < 0:  # all of these are counts
+                continue
+            if value is not None:
                 facts[name] = value
     return facts

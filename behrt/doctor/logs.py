@@ -50,6 +50,9 @@ ACCURACIES = ("train_accuracy", "val_accuracy")
 NOT_FINITE = {"nan", "inf", "infinity", "null", "none"}
 """Words for a number that was not finite, after a sign or without one."""
 
+MOST_EPOCHS = 1e12
+"""Beyond it, and at NaN, a number counts no epochs and no steps."""
+
 _NAME = re.compile(r"(?!.*//)[A-Za-z_][A-Za-z_./ -]{0,60}")
 """What may be shown as a name or a word: no digit, and nothing that has the `//` of a code."""
 
@@ -143,7 +146,7 @@ def _curve(points: Sequence[Point], name: str, where: str) -> Curve:
     for point in points:
         place = f"{where}: row {point.row}"
         epoch = number(point.epoch, f"{place}, the epoch of {name[:40]!r}")
-        if epoch is None or not math.isfinite(epoch):
+        if epoch is None or not abs(epoch) <= MOST_EPOCHS:
             raise UserError(f"{place}, the epoch of {name[:40]!r}: expected a number, found {word(point.epoch)}")
         value = number(point.value, f"{place}, {name[:40]!r}")
         if value is not None or epoch not in values:

@@ -11,9 +11,9 @@ import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from behrt.config import UserError
+from behrt.config import UserError, refuse_what_is_no_file
 from behrt.doctor.curves import Curve
 from behrt.doctor.facts import RunFacts, known_facts
 from behrt.doctor.logs import Point, Points, curves_of, figure_named, names_of, plain, read_lines, shown
@@ -21,16 +21,26 @@ from behrt.history import EPOCH_FIGURES
 
 log = logging.getLogger(__name__)
 
+OPENED = ("/dev/fd/", "/proc/self/fd/", "/dev/stdin")
+"""Pipes that the shell has opened, as in `behrt doctor <(zcat log.gz)`; others may have no writer, and never end."""
+
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 """How a text begins that is UTF-16: PowerShell redirects its output so."""
 
 
 def read_text_file(path: Path) -> bytes:
     """The file, or only its beginning where that is binary: checkpoints are large."""
+    if not str(path).startswith(OPENED):
+        refuse_what_is_no_file(path)
     with path.open("rb") as file:
-        start = file.read(65536)
-        is_binary = b"\0" in start and not start.startswith(UTF_16)
-        return start if is_binary else start + file.read()
+        return read_text_stream(file)
+
+
+def read_text_stream(file: BinaryIO) -> bytes:
+    """All that can be read, or only the beginning where that is binary: a device may have no end."""
+    start = file.read(65536)
+    is_binary = b"\0" in start and not start.startswith(UTF_16)
+    return start if is_binary else start + file.read()
 
 
 def read_log(data: bytes, *, where: str, columns: Mapping[str, str]) -> RunFacts:
@@ -164,7 +174,7 @@ def points_of_rows(rows: Sequence[Mapping[str, Any]], where: str, columns: Mappi
 def _numbered(points: Points) -> Points:
     """Points whose epochs are optimizer steps, with the number of each distinct step in its place."""
     steps = {point.epoch for rows in points.values() for point in rows}
-    if not all(isinstance(step, (int, float)) and math.isfinite(step) for step in steps):
+    if not all(type(step) in (int, float) and abs(float(str(step))) < math.inf for step in steps):
         return points  # what is no number is refused where curves are made
     numbers = {step: number for number, step in enumerate(sorted(steps, key=lambda step: float(str(step))), 1)}
     return {name: [point._replace(epoch=numbers[point.epoch]) for point in rows] for name, rows in points.items()}

@@ -16,7 +16,15 @@ from typing import Any
 from behrt.config import SECTION_OF, UserError
 from behrt.doctor.facts import RunFacts, known_facts
 from behrt.doctor.logs import Point, Points, curves_of, figure_named, names_of, plain
-from behrt.doctor.tables import decode, nothing_known, parse_json, points_of_json, read_log, read_text_file
+from behrt.doctor.tables import (
+    decode,
+    nothing_known,
+    parse_json,
+    points_of_json,
+    read_log,
+    read_text_file,
+    read_text_stream,
+)
 from behrt.history import read_run
 
 log = logging.getLogger(__name__)
@@ -64,7 +72,7 @@ def read_target(target: str, *, columns: Mapping[str, str] | None = None) -> Run
     columns = columns or {}
     try:
         if target == "-":
-            return read_log(sys.stdin.buffer.read(), where="stdin", columns=columns)
+            return read_log(read_text_stream(sys.stdin.buffer), where="stdin", columns=columns)
         path = Path(target)
         if path.is_dir():
             return read_folder(path, columns)

@@ -10,10 +10,13 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from behrt.config import UserError, nearest
+from behrt.config import UserError, nearest, refuse_what_is_no_file
 from behrt.events import (
     EVENT_SCHEMA,
     MAX_SHARD_EVENTS,
@@ -21,6 +24,7 @@ from behrt.events import (
     EventSource,
     Shard,
     readable,
+    shown_columns,
     subject_counts,
     subject_ranges,
 )
@@ -61,7 +65,8 @@ def open_meds(source: Path, columns: Mapping[str, str], *, max_shard_events: int
     root = source if source.is_dir() else source.parent
     splits_file = root / "metadata" / "subject_splits.parquet"
     used = list(files)
-    if source.is_dir() and splits_file.is_file():
+    if source.is_dir() and splits_file.exists():
+        refuse_what_is_no_file(splits_file)
         splits: pl.DataFrame | None = read_splits(splits_file)
         used.append(splits_file)
     else:
@@ -77,6 +82,8 @@ def find_parquet(source: Path) -> list[Path]:
         if source.suffix != ".parquet":
             raise UserError(f"{source}: not a .parquet file; for MIMIC-IV tables name their folder and --format mimic4")
         return [source]
+    if not source.is_dir():
+        raise UserError(f"{source}: is a pipe or a device, expected a file or a folder; save its content first")
     split_folders = [source / split for split in SPLITS if (source / split).is_dir()]
     if (source / "data").is_dir():
         folders, pattern = [source / "data"], "**/*.parquet"
@@ -96,6 +103,7 @@ def find_parquet(source: Path) -> list[Path]:
 
 def scan_events(file: Path, columns: Mapping[str, str]) -> pl.LazyFrame:
     """Lazy events of one file with `EVENT_SCHEMA`; `numeric_value` and `visit_id` are optional, others ignored."""
+    _refuse_unknown_time_zones(file)
     with readable(file):
         frame = pl.scan_parquet(file, glob=False)
         schema = dict(frame.collect_schema())
@@ -103,12 +111,13 @@ def scan_events(file: Path, columns: Mapping[str, str]) -> pl.LazyFrame:
         if new not in EVENT_SCHEMA:
             raise UserError(f"--column {old}={new}: {new!r} is no MEDS column{nearest(new, list(EVENT_SCHEMA))}")
         if old not in schema:
-            raise UserError(f"--column {old}={new}: {file} has no column {old!r}{nearest(old, list(schema))}")
+            raise UserError(f"--column {old}={new}: {file} has no column {old!r}; it has {shown_columns(list(schema))}")
     names = {name: name for name in EVENT_SCHEMA if name in schema} | {new: old for old, new in columns.items()}
     for required in ("subject_id", "time", "code"):
         if required not in names:
             raise UserError(
-                f"{file}: no column {required!r}; it has {', '.join(schema)}; rename one with --column NAME={required}"
+                f"{file}: no column {required!r}; it has {shown_columns(list(schema))}; rename one with "
+                f"--column NAME={required}"
             )
     selected = []
     for name, dtype in EVENT_SCHEMA.items():
@@ -117,6 +126,23 @@ def scan_events(file: Path, columns: Mapping[str, str]) -> pl.LazyFrame:
         else:
             selected.append(pl.lit(None, dtype=dtype).alias(name))
     return frame.select(selected)
+
+
+def _refuse_unknown_time_zones(file: Path) -> None:
+    """Offsets such as +05:30, which other programs write as time zones, are none of polars'."""
+    try:
+        schema = pq.read_schema(file)
+    except (pa.ArrowException, OSError):
+        return  # polars says what is wrong
+    for column in schema:
+        zone = getattr(column.type, "tz", None) or "UTC"
+        try:
+            ZoneInfo(zone)
+        except (ZoneInfoNotFoundError, ValueError, OSError):
+            raise UserError(
+                f"{file}: column {column.name!r} has the time zone {zone[:40]!r}, expected a name of the tz database; "
+                "convert it to UTC"
+            ) from None
 
 
 def _converted(column: str, found: pl.DataType, name: str, file: Path) -> pl.Expr:
@@ -155,7 +181,7 @@ def read_splits(file: Path) -> pl.DataFrame:
         frame = pl.read_parquet(file)
     for name, expected in (("subject_id", "an integer"), ("split", "a string")):
         if name not in frame.columns:
-            raise UserError(f"{file}: no column {name!r}; it has {', '.join(frame.columns)}")
+            raise UserError(f"{file}: no column {name!r}; it has {shown_columns(frame.columns)}")
         dtype = frame.schema[name]
         if not (dtype.is_integer() if name == "subject_id" else isinstance(dtype, pl.String)):
             raise UserError(f"{file}: column {name!r} is {dtype}, expected {expected}; convert it")

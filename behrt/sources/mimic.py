@@ -25,7 +25,16 @@ from pathlib import Path
 import polars as pl
 
 from behrt.config import UserError
-from behrt.events import EVENT_SCHEMA, MAX_SHARD_EVENTS, EventSource, Shard, readable, subject_counts, subject_ranges
+from behrt.events import (
+    EVENT_SCHEMA,
+    MAX_SHARD_EVENTS,
+    EventSource,
+    Shard,
+    readable,
+    shown_columns,
+    subject_counts,
+    subject_ranges,
+)
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "patients": ("subject_id", "gender", "anchor_age", "anchor_year", "dod"),
@@ -118,11 +127,18 @@ def scan_table(path: Path, columns: tuple[str, ...]) -> pl.LazyFrame:
     with readable(path, "CSV"):
         frame = pl.scan_csv(path, infer_schema=False, glob=False)
         found = frame.collect_schema().names()
-    if not set(columns) & set(found):  # the first row of a table without a header is a record, not to be quoted
-        raise UserError(f"{path}: no header with {columns[0]!r} and so on in its first line; fetch the file again")
+    missing = [column for column in columns if column not in found]
+    if missing:
+        hint = f"it has {shown_columns(found)}"
+        if len(missing) == len(columns):
+            separators = {";": "semicolons", "\t": "tabs", "|": "bars"}
+            other = next((name for mark, name in separators.items() if mark in found[0]), None)
+            # without a header, the first line is a patient's
+            hint = f"its columns are separated by {other}, expected commas" if other else "expected a header in line 1"
+        raise UserError(f"{path}: no column {missing[0]!r}; {hint}")
     for column in columns:
-        if column not in found:
-            raise UserError(f"{path}: no column {column!r}; it has {', '.join(found)[:200]}")
+        if f"{column}_duplicated_0" in found:  # so polars names the second one
+            raise UserError(f"{path}: two columns {column!r}; remove or rename one")
     return frame.select(columns)
 
 
@@ -157,7 +173,8 @@ def _gender(patients: pl.LazyFrame) -> pl.LazyFrame:
 
 def _birth(patients: pl.LazyFrame) -> pl.LazyFrame:
     year = pl.col("anchor_year").cast(pl.Int32, strict=False) - pl.col("anchor_age").cast(pl.Int32, strict=False)
-    return patients.select("subject_id", time=pl.datetime(year, 1, 1), code=pl.lit("MEDS_BIRTH"))
+    known = pl.when(year.is_between(1, 9999)).then(year)  # of another year polars makes an error
+    return patients.select("subject_id", time=pl.datetime(known, 1, 1), code=pl.lit("MEDS_BIRTH"))
 
 
 def _death(patients: pl.LazyFrame) -> pl.LazyFrame:

@@ -17,6 +17,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from behrt.config import (
     EXPERIMENT_NAME,
     LORA_ONLY,
+    MAX_SEED,
     SECTION_OF,
     SECTIONS,
     SIZES,
@@ -104,7 +105,7 @@ class SweepSettings(Section):
     sampler: SamplerSettings = SamplerSettings()
     pruner: PrunerSettings = PrunerSettings()
     budget: Budget = Budget()
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
     objective: Objective = "val_loss"
 
 

@@ -12,9 +12,15 @@ from typing import Annotated, Any, Literal, Self
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from behrt.config import LORA_ONLY, Section
+
+MOST = 2**53
+"""Whole numbers beyond it are none as floats, in which samplers compute."""
+
+MOST_STEPS = 1_000_000
+"""Of a range with steps; more are no steps."""
 
 
 class FloatParameter(Section):
@@ -36,10 +42,10 @@ class IntParameter(Section):
     """A whole number from `low` to `high`, both included, in steps of `step`."""
 
     type: Literal["int"]
-    low: int
-    high: int
+    low: int = Field(ge=-MOST, le=MOST)
+    high: int = Field(ge=-MOST, le=MOST)
     log: bool = False
-    step: int = Field(default=1, ge=1)
+    step: int = Field(default=1, ge=1, le=MOST)
 
     @model_validator(mode="after")
     def _is_a_range(self) -> Self:
@@ -74,7 +80,16 @@ class CategoricalParameter(Section):
         return self
 
 
-Parameter = Annotated[FloatParameter | IntParameter | CategoricalParameter, Field(discriminator="type")]
+def _type_of(value: Any) -> Any:
+    return value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
+
+
+Parameter = Annotated[
+    Annotated[FloatParameter, Tag("float")]
+    | Annotated[IntParameter, Tag("int")]
+    | Annotated[CategoricalParameter, Tag("categorical")],
+    Discriminator(_type_of),
+]
 Space = Mapping[str, FloatParameter | IntParameter | CategoricalParameter]
 PARAMETER_TYPES: dict[str, type[FloatParameter | IntParameter | CategoricalParameter]] = {
     "float": FloatParameter,
@@ -92,6 +107,8 @@ def _check_range(low: float, high: float, step: float | None, log: bool) -> None
         raise ValueError("log and step do not go together; leave one out")
     if step is not None:
         steps = (high - low) / step
+        if steps > MOST_STEPS and isinstance(step, float):
+            raise ValueError(f"steps of {step:g} from {low:g} to {high:g} are too many; leave step out")
         if not math.isclose(steps, round(steps), abs_tol=1e-9):
             raise ValueError(
                 f"steps of {step:g} from {low:g} do not reach high {high:g}, only {low + int(steps) * step:g}"

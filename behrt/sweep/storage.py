@@ -24,7 +24,7 @@ import sqlalchemy
 from sqlalchemy.engine import URL
 from sqlalchemy.pool import NullPool
 
-from behrt.config import UserError
+from behrt.config import UserError, refuse_what_is_no_file
 from behrt.files import locked
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,9 @@ GRACE_SECONDS = 60
 """Without a sign of life, after which a trial's worker counts as dead."""
 PATIENCE_SECONDS = 60
 """Without an answer of the storage, after which it is given up."""
+
+SQLITE = b"SQLite format 3\0"
+"""How every SQLite database begins that is not empty."""
 
 # Any number, the same for all who share a database: the name of the lock among the advisory locks of other programs.
 _POSTGRESQL_LOCK = 0x6265_6872_7400_0001
@@ -161,6 +164,7 @@ def _open_sqlite(url: URL, create: bool, heartbeat_seconds: int, grace_seconds: 
         raise UserError(f"{path}: no such storage; give --storage, or start the study with `behrt sweep run`")
     if not path.parent.exists() and path != Path(sqlalchemy.make_url(default_url()).database or ""):
         raise UserError(f"--storage: {path.parent}: no such folder; make it, or correct the path")
+    _refuse_other_file(path)
     # the default of 5 s is short where many processes write
     engine_options: dict[str, object] = {"connect_args": {"timeout": PATIENCE_SECONDS}}
 
@@ -168,6 +172,18 @@ def _open_sqlite(url: URL, create: bool, heartbeat_seconds: int, grace_seconds: 
         return locked(path.with_name(f".{path.name}.lock"))
 
     return _open(url, engine_options, lock, create, heartbeat_seconds, grace_seconds)
+
+
+def _refuse_other_file(path: Path) -> None:
+    """Of what is no database, before a lock file is laid beside it."""
+    refuse_what_is_no_file(path)
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(SQLITE))
+    except OSError:  # not there yet, or for SQLite to say
+        return
+    if start and start != SQLITE:
+        raise UserError(f"{path}: cannot be opened: file is not a database; choose another for --storage")
 
 
 def _open_postgresql(url: URL, create: bool, heartbeat_seconds: int, grace_seconds: int) -> Storage:
