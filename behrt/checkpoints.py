@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from behrt.config import BEHRTConfig, UserError, refuse_what_is_no_file
+from behrt.config import MAX_SEED, BEHRTConfig, UserError, refuse_what_is_no_file
 from behrt.files import read_json, replacing_folder, verify_checksums, write_checksums, write_json
 from behrt.lora import adapted_layers, load_adapter, merge_adapters, refuse_pickles, save_adapter
 from behrt.model import BEHRTForMaskedLM
@@ -56,6 +56,13 @@ class Base:
     init_from: str | None = None
     init_from_run: str | None = None
     init_from_checkpoint: str = "best"
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the fields, which may come from a file, are of their types."""
+        texts = (self.init_from, self.init_from_run)
+        is_seed = isinstance(self.seed, int) and 0 <= self.seed <= MAX_SEED
+        return is_seed and all(text is None or isinstance(text, str) for text in texts)
 
 
 @dataclass(frozen=True)

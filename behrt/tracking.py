@@ -13,19 +13,20 @@ import math
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Self
 
 from behrt.config import UserError
-from behrt.files import locked, replacing_folder
+from behrt.files import locked, replacing_file, replacing_folder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -110,7 +111,8 @@ def connect() -> MlflowClient:
     """A client of an initialised store.
 
     Several processes that open an empty SQLite store at once break it for good: MLflow creates its tables without a
-    lock. The first opening therefore happens under one, which dies with its process.
+    lock. The first opening therefore happens under one, which dies with its process. A process that is killed while it
+    creates the tables would break it, too: they are made in a file beside, which then takes the store's place.
 
     Raises:
         UserError: the store cannot be opened.
@@ -125,6 +127,8 @@ def connect() -> MlflowClient:
             if uri.startswith("sqlite:///"):
                 database = Path(uri.removeprefix("sqlite:///"))
                 stack.enter_context(locked(database.with_name(f".{database.name}.lock")))
+                if not database.exists() or not database.stat().st_size:
+                    _create_store(database)
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
     except Exception as error:  # MLflow's own, SQLAlchemy's, the network's, the disk's
@@ -133,6 +137,20 @@ def connect() -> MlflowClient:
             may_pass=may_pass(error),
         ) from None
     return client
+
+
+def _create_store(database: Path) -> None:
+    """Makes an SQLite store with its tables, whole or not at all."""
+    from mlflow import MlflowClient
+
+    for left in database.parent.glob(f".{database.name}.*.partial*"):  # by a process that was killed
+        left.unlink(missing_ok=True)
+    with replacing_file(database) as beside:
+        MlflowClient(tracking_uri=f"sqlite:///{beside}").search_experiments(max_results=1)
+        with closing(sqlite3.connect(beside)) as connection:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    for rest in ("-wal", "-shm"):  # of the file beside, which MLflow keeps open
+        beside.with_name(beside.name + rest).unlink(missing_ok=True)
 
 
 def experiment_id(client: MlflowClient, name: str) -> str:

@@ -37,6 +37,19 @@ def test_four_runs_that_start_at_once_on_an_empty_store_all_arrive(tmp_path: Pat
     assert {run.info.status for run in runs} == {"FINISHED"}
 
 
+def test_a_process_that_dies_while_it_makes_the_store_does_not_break_it(tmp_path: Path) -> None:
+    """Its tables are made one after the other; the process ends itself in the middle of that."""
+    dies = (
+        "import os, sqlalchemy, behrt.tracking as tracking; made = []; "
+        "listen = lambda *given: made.append(1) or (len(made) == 40 and os._exit(9)); "
+        "sqlalchemy.event.listen(sqlalchemy.Engine, 'before_cursor_execute', listen); tracking.connect()"
+    )
+    assert subprocess.run([sys.executable, "-c", dies], cwd=tmp_path, check=False).returncode == 9
+    with chdir(tmp_path):
+        assert experiment_id(connect(), "mine")
+    assert sorted(path.name for path in (tmp_path / "mlruns").iterdir()) == [".mlflow.db.lock", "mlflow.db"]
+
+
 def test_artifacts_stand_below_mlruns(tmp_path: Path) -> None:
     with chdir(tmp_path):
         run = TrackedRun(experiment="a", params={}, tags={"device": "cpu"})
