@@ -246,14 +246,14 @@ def train(
                 stopper=stopper,
             )
     except KeyboardInterrupt:
-        if (folder / "logs" / "tracking.json").exists():
+        if listener.has_started:
             listener.stop()
             console.print(f"To go on: {how_to_go_on(folder)}", markup=False)
         raise
     except OSError as error:  # a full disk, above all
-        if not (folder / "checkpoints" / "last").exists():
+        if not listener.has_started:
             raise
-        message = f"{one_line(error)}; the checkpoint before is whole: make room, then {how_to_go_on(folder)}"
+        message = f"{one_line(error)}; what was kept before is whole: make room, then {how_to_go_on(folder)}"
         raise UserError(message) from error
     finally:
         stopper.close()

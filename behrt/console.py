@@ -85,6 +85,11 @@ class TerminalListener(Listener):
         self._start: RunStart | None = None
         self._epoch = 1
 
+    @property
+    def has_started(self) -> bool:
+        """Whether the run has a folder of its own by now, from which it can go on."""
+        return self._start is not None
+
     def _print(self, message: str) -> None:
         self._console.print(message, markup=False)
 

@@ -29,6 +29,9 @@ class Points:
     def to(self, device: torch.device) -> Self:
         return self
 
+    def halves(self) -> None:
+        return None
+
 
 class Steps:
     def __init__(self, steps: list[list[Points]]) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from behrt.config import UserError
 from behrt.devices import choose_device, choose_precision
 from behrt.doctor.checkup import tolerated
-from behrt.feeding import sync_folder
+from behrt.feeding import RECORD_FILE, sync_folder
 from behrt.files import write_text
 from behrt.history import read_run
 from behrt.sequences import open_prepared
@@ -224,7 +224,7 @@ def _settle(study: SweepStudy, tracked: TrackedRun) -> None:
 def feed_trials(records: list[TrialRecord]) -> None:
     """Sends to MLflow what trials that have ended could not send themselves."""
     for record in records:
-        if not record.state.has_ended or record.folder is None:
+        if not record.state.has_ended or record.folder is None or not (Path(record.folder) / RECORD_FILE).exists():
             continue
         try:
             if not read_run(Path(record.folder)).get("tracking_complete"):
