@@ -221,9 +221,9 @@ def train(
         name, folder = name_of(attempt), attempt.folder
 
     from behrt.console import TerminalListener, result_lines
+    from behrt.feeding import settle_dead
     from behrt.pretrain import pretrain
     from behrt.stopper import Stopper
-    from behrt.sync import settle_dead
     from behrt.terminal import stderr_console
 
     console = stderr_console()
@@ -360,11 +360,10 @@ def doctor(
     from behrt.doctor.diagnosis import diagnose
     from behrt.doctor.facts import with_flags
     from behrt.doctor.targets import read_target
-    from behrt.sync import settle_dead
+    from behrt.feeding import settle_dead
     from behrt.terminal import stderr_console
 
-    if Path(target).is_dir():
-        settle_dead(Path(target))
+    settle_dead(Path(target))
 
     facts = with_flags(read_target(target, columns=pairs(columns, "--map")), given(flags))
     diagnosis = diagnose(facts)
@@ -393,12 +392,11 @@ def compare(runs: tuple[str, ...], out: Path, as_json: bool) -> None:
         raise UserError(f"--out: expected a file that ends in .png, found {str(out)!r}")
 
     from behrt.comparison import compare_targets
+    from behrt.feeding import settle_dead
     from behrt.plots import draw_comparison
-    from behrt.sync import settle_dead
 
     for run in runs:
-        if Path(run).is_dir():
-            settle_dead(Path(run))
+        settle_dead(Path(run))
     comparison = compare_targets(runs)
     curves = {run.name: run.facts.curves for run in comparison.runs}
     title = "" if comparison.why_not is None else "losses may not compare"
@@ -441,7 +439,8 @@ def sync(runs: tuple[str, ...], as_json: bool) -> None:
 @click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="Port on this machine.")
 def ui(port: int) -> None:
     """Open the MLflow store in the browser: runs side by side, with their curves."""
-    from behrt.sync import find_runs, settle_dead
+    from behrt.feeding import settle_dead
+    from behrt.sync import find_runs
     from behrt.tracking import serve_ui, ui_address
 
     with socket.socket() as probe:

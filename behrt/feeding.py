@@ -14,12 +14,12 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from behrt.checkpoints import TRAINING_CHECKSUMS_FILE, TRAINING_FILES
 from behrt.config import UserError
 from behrt.files import FolderLock, is_locked, read_json, sha256_of_file, write_json
 from behrt.history import finite, read_history, read_run
@@ -337,6 +337,8 @@ def stamp_of(file: Path) -> str:
 
 def files_of(folder: Path) -> dict[str, Path]:
     """The artifacts of a run that has ended, by their place; a state to go on from is mirrored, and not among them."""
+    from behrt.checkpoints import TRAINING_FILES
+
     named = {
         "experiment.yaml": folder / "logs" / "settings.yaml",
         "logs/metrics_history.json": folder / "logs" / "metrics_history.json",
@@ -374,6 +376,8 @@ def epoch_points(folder: Path, *, started: int) -> list[RunPoint]:
 
 def _stamp_of_training(checkpoint: Path) -> str | None:
     """What tells one state of a training from another; None where a checkpoint holds none."""
+    from behrt.checkpoints import TRAINING_CHECKSUMS_FILE  # not above: to say that a run died takes no torch
+
     try:
         return sha256_of_file(checkpoint / TRAINING_CHECKSUMS_FILE)
     except OSError:
@@ -588,3 +592,12 @@ def _note_in_run_file(folder: Path, run_id: str | None) -> None:
         return
     if run.get("run_id") != run_id or not run.get("tracking_complete"):
         write_json(folder / "run.json", {**run, "run_id": run_id, "tracking_complete": True})
+
+
+def settle_dead(folder: Path) -> bool:
+    """Marks a run that died without a word, on disk and, if it answers, in MLflow; whether it was one."""
+    if not mark_dead(folder):
+        return False
+    with suppress(UserError):  # `behrt sync` can tell MLflow later
+        sync_folder(folder)
+    return True

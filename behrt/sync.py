@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from behrt.config import UserError
@@ -31,15 +30,6 @@ def find_runs(targets: Sequence[str]) -> list[Path]:
             raise UserError(f"{folder}: holds no run that was tracked; expected {folder / RECORD_FILE}")
         folders.append(folder)
     return folders
-
-
-def settle_dead(folder: Path) -> bool:
-    """Marks a run that died without a word, on disk and, if it answers, in MLflow; whether it was one."""
-    if not mark_dead(folder):
-        return False
-    with suppress(UserError):  # `behrt sync` can tell MLflow later
-        sync_folder(folder)
-    return True
 
 
 def sync_runs(folders: Sequence[Path], *, tell: Callable[[str], None]) -> dict[Path, str]:

@@ -121,6 +121,8 @@ def connect() -> MlflowClient:
 
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)  # making the tables is nothing to report
+    for name in ("sqlalchemy.pool", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # they print tracebacks; that the store failed, we say
     uri = tracking_uri()
     try:
         with ExitStack() as stack:

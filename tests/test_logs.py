@@ -210,7 +210,8 @@ class Printed:
         choose_trained(model, self.settings)
         self.counts = count_parameters(model)
         self.start = RunStart(
-            experiment="mine", folder=None, run_id="a" * 32, settings=self.settings, device="cpu", precision="fp32",
+            experiment="mine", folder=None, key="b" * 32, run_id="a" * 32,
+            settings=self.settings, device="cpu", precision="fp32",
             dataset={"name": "cohort", "digest": "0"},
             max_position=77, vocab_size=1234, patients={"train": 4000, "tuning": 1001}, steps_per_epoch=125,
             baselines=Baselines(7.1180, 6.5, 0.04, copying_loss=6.25, floor_loss=5.25, floor_accuracy=0.11),
@@ -227,6 +228,7 @@ class Printed:
         result = SimpleNamespace(
             start=self.start, best=self.records[0], last=self.records[2], stopped_early=True, refused=False,
             diagnosis=SimpleNamespace(verdict="overfitting"), closed_gap=0.5, seconds=180.0, tracking_uri="mlruns",
+            tracking_complete=True, run_id="a" * 32,
         )  # fmt: skip
         console = Console(file=io.StringIO(), width=160, highlight=False)
         listener = TerminalListener(console)

@@ -90,7 +90,13 @@ class Storage:
         while True:
             try:
                 return call()
-            except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.DBAPIError) as error:
+            except (
+                optuna.exceptions.StorageInternalError,
+                sqlalchemy.exc.DBAPIError,
+                sqlalchemy.exc.PendingRollbackError,
+            ) as error:
+                if isinstance(error, sqlalchemy.exc.PendingRollbackError):
+                    self.rdb.remove_session()  # Optuna tried again within the transaction that the server had ended
                 if not _may_pass(error):
                     raise StorageLost(f"{shown_url(self.url)}: {_reason(error, self.url)}") from error
                 if time.monotonic() > deadline:
@@ -266,10 +272,11 @@ def _check_content(url: URL, engine_options: dict[str, object], create: bool) ->
 
 def _may_pass(error: Exception) -> bool:
     """Whether an error is one of the connection, or of too many writers, and not of what was asked."""
-    cause = error if isinstance(error, sqlalchemy.exc.DBAPIError) else error.__cause__
+    cause = error if isinstance(error, sqlalchemy.exc.SQLAlchemyError) else error.__cause__
     if isinstance(cause, sqlalchemy.exc.DBAPIError) and type(cause.orig).__module__ == "sqlite3":
         return "locked" in str(cause.orig)
-    return isinstance(cause, (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError))
+    passing = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, sqlalchemy.exc.PendingRollbackError)
+    return isinstance(cause, passing)
 
 
 def _reason(error: BaseException, url: str) -> str:
