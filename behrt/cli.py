@@ -221,9 +221,9 @@ def train(
         name, folder = name_of(attempt), attempt.folder
 
     from behrt.console import TerminalListener, result_lines
-    from behrt.feeding import settle_dead
     from behrt.pretrain import pretrain
     from behrt.stopper import Stopper
+    from behrt.sync import settle_dead
     from behrt.terminal import stderr_console
 
     console = stderr_console()
@@ -360,7 +360,7 @@ def doctor(
     from behrt.doctor.diagnosis import diagnose
     from behrt.doctor.facts import with_flags
     from behrt.doctor.targets import read_target
-    from behrt.feeding import settle_dead
+    from behrt.sync import settle_dead
     from behrt.terminal import stderr_console
 
     settle_dead(Path(target))
@@ -392,8 +392,8 @@ def compare(runs: tuple[str, ...], out: Path, as_json: bool) -> None:
         raise UserError(f"--out: expected a file that ends in .png, found {str(out)!r}")
 
     from behrt.comparison import compare_targets
-    from behrt.feeding import settle_dead
     from behrt.plots import draw_comparison
+    from behrt.sync import settle_dead
 
     for run in runs:
         settle_dead(Path(run))
@@ -439,8 +439,7 @@ def sync(runs: tuple[str, ...], as_json: bool) -> None:
 @click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="Port on this machine.")
 def ui(port: int) -> None:
     """Open the MLflow store in the browser: runs side by side, with their curves."""
-    from behrt.feeding import settle_dead
-    from behrt.sync import find_runs
+    from behrt.sync import find_runs, settle_dead
     from behrt.tracking import serve_ui, ui_address
 
     with socket.socket() as probe:

@@ -14,24 +14,20 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from behrt.config import UserError
-from behrt.files import FolderLock, is_locked, read_json, sha256_of_file, write_json
+from behrt.files import read_json, sha256_of_file, write_json
 from behrt.history import finite, read_history, read_run
 from behrt.tracking import (
     MAX_PARAM_LENGTH,
     RunPoint,
     RunStatus,
     StoredRun,
-    StoreUnavailable,
     connect,
-    may_pass,
-    reason_of,
     shown_uri,
 )
 
@@ -46,12 +42,6 @@ MIRRORS = ("a", "b")
 
 ABOUT_TRACKING = ("run_id", "tracking_complete", "tracking_uri")
 
-FIRST_BACKOFF, LONGEST_BACKOFF = 1.0, 60.0
-SECONDS_FOR_A_RUN = 10.0
-"""How long a training waits, before it begins, for the store to name its run."""
-SECONDS_OF_SILENCE = 10.0
-"""How long an ended run waits for a store that does not answer."""
-SECONDS_OF_SILENCE_WHEN_STOPPED = 3.0
 SLOWEST_UPLOAD = 500_000.0
 """Bytes a second; a slower upload counts as silence."""
 
@@ -398,206 +388,13 @@ def mirror_checkpoint(checkpoint: Path, folder: Path) -> None:
         log.warning("the checkpoint is not mirrored: %s", error.strerror)
 
 
+def waiting_mirror(folder: Path) -> bool:
+    """Whether a copy lies aside that MLflow does not have yet."""
+    return (folder / MIRROR_FOLDER).exists()
+
+
 def _link(source: str, destination: str) -> None:
     try:
         Path(destination).hardlink_to(source)
     except OSError:
         shutil.copy2(source, destination)
-
-
-class Feeder:
-    """Feeds the run of a folder from a thread of its own until `finish`.
-
-    Attributes:
-        is_complete: whether everything up to now has arrived.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._feed = FolderFeed(folder, progress=self._note_progress)
-        self._folder = folder
-        self._changed = threading.Event()
-        self._has_run = threading.Event()
-        self._is_ending = False
-        self._refusal: Exception | None = None
-        self._warned = False
-        self._last_heard = time.monotonic()
-        self._allowed = 0.0
-        self._version = 0
-        self._fed_version = -1
-        self._thread = threading.Thread(target=self._work, name="mlflow-feeder", daemon=True)
-        self._thread.start()
-
-    @property
-    def run_id(self) -> str | None:
-        """The store's id of the run, once it has given one."""
-        return self._feed.run_id
-
-    @property
-    def is_complete(self) -> bool:
-        return self._fed_version == self._version
-
-    def update(self, **fields: Any) -> None:
-        """Changes the record, and sends it."""
-        self._feed.update(lambda record: replace(record, **fields))
-        self.changed()
-
-    def tag(self, tags: Mapping[str, str]) -> None:
-        self._feed.update(lambda record: replace(record, tags={**record.tags, **tags}))
-        self.changed()
-
-    def add_figures(self, figures: Mapping[str, float]) -> None:
-        """Figures of the whole run; those that are not finite stay out."""
-        known = {name: value for name, value in figures.items() if finite(value) is not None}
-        self._feed.update(lambda record: replace(record, figures={**record.figures, **known}))
-        self.changed()
-
-    def mirror(self, checkpoint: Path) -> None:
-        """Has the checkpoint copied to the store, unless an earlier copy is still on its way."""
-        if self.is_complete and not (self._folder / MIRROR_FOLDER).exists():
-            mirror_checkpoint(checkpoint, self._folder)
-            self.changed()
-
-    def changed(self) -> None:
-        """Something in the folder is new."""
-        self._version += 1
-        self._changed.set()
-
-    def wait_for_run(self, seconds: float = SECONDS_FOR_A_RUN) -> str | None:
-        """The store's id of the run, if it comes in time.
-
-        Raises:
-            UserError: the store will not take the run, however long one waits.
-        """
-        self._has_run.wait(seconds)
-        if self._refusal is not None:
-            raise self._refusal
-        return self.run_id
-
-    def finish(self, *, silence: float = SECONDS_OF_SILENCE) -> bool:
-        """Sends what is left; gives up when the store has been silent for so many seconds. Whether all has arrived."""
-        self._is_ending = True
-        self._last_heard = time.monotonic()
-        self._changed.set()
-        while self._thread.is_alive() and time.monotonic() < self._last_heard + self._allowed + silence:
-            self._thread.join(0.02)
-        return self.is_complete
-
-    def _note_progress(self, seconds: float) -> None:
-        self._last_heard = time.monotonic()
-        self._allowed = seconds
-
-    def _work(self) -> None:
-        backoff = FIRST_BACKOFF
-        while True:
-            self._changed.clear()
-            is_last, version = self._is_ending, self._version
-            try:
-                self._feed.feed()
-            except Exception as error:  # MLflow's own, SQLAlchemy's, the network's, the disk's
-                self._fail(error)
-                if is_last:
-                    return
-                deadline = time.monotonic() + backoff
-                while not self._is_ending and (left := deadline - time.monotonic()) > 0:
-                    self._changed.wait(min(left, 0.2))
-                    time.sleep(0.05)
-                backoff = min(2 * backoff, LONGEST_BACKOFF)
-                continue
-            self._fed_version = version
-            self._has_run.set()
-            backoff = FIRST_BACKOFF
-            if is_last:
-                return
-            self._changed.wait()
-
-    def _fail(self, error: Exception) -> None:
-        if not self._has_run.is_set() and not may_pass(error):
-            message = str(error) if isinstance(error, UserError) else f"{shown_uri()}: {reason_of(error)}"
-            self._refusal = StoreUnavailable(message, may_pass=False)
-        elif not self._warned:
-            log.warning(
-                "MLflow at %s failed (%s); the training goes on, its history on disk is complete",
-                shown_uri(),
-                reason_of(error),
-            )
-            self._warned = True
-        self._has_run.set()
-
-
-def mark_dead(folder: Path) -> bool:
-    """Says of a run that died without a word that it did; whether it was one.
-
-    A trial's death is FAILED, as its study calls it; any other run was KILLED.
-    """
-    try:
-        if TrackingRecord.load(folder).status != "RUNNING" or is_locked(folder):
-            return False
-        lock = FolderLock(folder)
-    except UserError:  # no run, a damaged one, or one that somebody has taken up in between
-        return False
-    try:
-        record = TrackingRecord.load(folder)
-        if record.status != "RUNNING":
-            return False
-        is_trial = "trial_state" in record.tags
-        status: RunStatus = "FAILED" if is_trial else "KILLED"
-        tags = {**record.tags, "ended": "died"} | ({"trial_state": "FAILED"} if is_trial else {})
-        replace(record, status=status, tags=tags, ended=_last_sign_of_life(folder)).save(folder)
-        try:
-            run = read_run(folder)
-        except UserError:  # it died before it could write one
-            return True
-        write_json(folder / "run.json", {**run, "status": status, "died": True})
-        return True
-    except OSError as error:  # somebody else's folder, which we may read
-        log.warning("%s: the run died, and cannot be marked so: %s", folder, error.strerror)
-        return False
-    finally:
-        lock.release()
-
-
-def _last_sign_of_life(folder: Path) -> int:
-    """When the run wrote last, in milliseconds since 1970."""
-    signs = [folder / "logs" / "metrics_history.json", folder / "run.json", folder / "checkpoints" / "last"]
-    return max((int(1000 * sign.stat().st_mtime) for sign in signs if sign.exists()), default=now())
-
-
-def sync_folder(folder: Path) -> Sent:
-    """Sends what MLflow lacks of the run in `folder`, which no process runs any more.
-
-    Raises:
-        UserError: the folder holds no run, or is somebody's at the moment; the store does not take it.
-    """
-    mark_dead(folder)
-    lock = FolderLock(folder)
-    try:
-        feed = FolderFeed(folder)
-        try:
-            sent = feed.feed()
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(f"{folder}: MLflow at {shown_uri()} failed: {reason_of(error)}") from None
-        _note_in_run_file(folder, feed.run_id)
-        return sent
-    finally:
-        lock.release()
-
-
-def _note_in_run_file(folder: Path, run_id: str | None) -> None:
-    """Lets `run.json` name the run by the id that the store gave it."""
-    try:
-        run = read_run(folder)
-    except UserError:
-        return
-    if run.get("run_id") != run_id or not run.get("tracking_complete"):
-        write_json(folder / "run.json", {**run, "run_id": run_id, "tracking_complete": True})
-
-
-def settle_dead(folder: Path) -> bool:
-    """Marks a run that died without a word, on disk and, if it answers, in MLflow; whether it was one."""
-    if not mark_dead(folder):
-        return False
-    with suppress(UserError):  # `behrt sync` can tell MLflow later
-        sync_folder(folder)
-    return True

@@ -15,7 +15,7 @@ from pathlib import Path
 from behrt.batches import PackedBatch
 from behrt.checkpoints import load_checkpoint
 from behrt.config import UserError
-from behrt.feeding import Feeder
+from behrt.feeder import Feeder
 from behrt.history import EpochRecord, RunFolder
 from behrt.model import BEHRTForMaskedLM
 from behrt.resume import Attempt, TrainingState, best_of, find_attempt, go_on, history_of, state_to_keep

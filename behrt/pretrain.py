@@ -29,14 +29,8 @@ from behrt.doctor.checkup import Checkup, facts_before_training, tolerated
 from behrt.doctor.diagnosis import markdown
 from behrt.doctor.facts import RunFacts
 from behrt.doctor.preflight import probe
-from behrt.feeding import (
-    SECONDS_OF_SILENCE,
-    SECONDS_OF_SILENCE_WHEN_STOPPED,
-    Feeder,
-    TrackingRecord,
-    new_record,
-    now,
-)
+from behrt.feeder import SECONDS_OF_SILENCE, SECONDS_OF_SILENCE_WHEN_STOPPED, Feeder
+from behrt.feeding import TrackingRecord, new_record, now
 from behrt.history import EpochRecord, RunFolder
 from behrt.keeping import Keeper
 from behrt.masking import Stream, torch_seed

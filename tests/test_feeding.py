@@ -15,9 +15,11 @@ from mlflow import MlflowClient
 
 from behrt.cli import main
 from behrt.config import UserError
-from behrt.feeding import Feeder, FolderFeed, TrackingRecord, mark_dead, new_record, sync_folder
+from behrt.feeder import Feeder
+from behrt.feeding import FolderFeed, TrackingRecord, new_record
 from behrt.files import FolderLock, write_json
 from behrt.history import EPOCH_FIGURES, read_history, read_run
+from behrt.sync import mark_dead, sync_folder
 from behrt.tracking import StoredRun, StoreUnavailable, connect, experiment_id
 
 from .conftest import Workspace
@@ -92,7 +94,7 @@ def test_a_server_that_never_answers_is_left_after_its_patience(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("behrt.feeding.SECONDS_FOR_A_RUN", 0.5)
+    monkeypatch.setattr("behrt.feeder.SECONDS_FOR_A_RUN", 0.5)
     monkeypatch.setattr(Feeder.wait_for_run, "__defaults__", (0.5,))
     monkeypatch.setattr("behrt.pretrain.SECONDS_OF_SILENCE", 0.5)
     with silent_server() as uri:
@@ -184,7 +186,7 @@ def test_a_run_that_was_deleted_in_mlflow_is_left_alone(folder: Path) -> None:
 
 
 def test_the_feeder_catches_up_when_the_store_comes_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("behrt.feeding.FIRST_BACKOFF", 0.05)
+    monkeypatch.setattr("behrt.feeder.FIRST_BACKOFF", 0.05)
     came_back = threading.Event()
     whole = connect
 

@@ -16,7 +16,7 @@ LAYERS = (
     ),
     ("sequences", "prepare", "masking", "batches"),
     ("model", "lora", "parameters"),
-    ("checkpoints", "history", "tracking", "feeding", "runs", "sync"),
+    ("checkpoints", "history", "tracking", "feeding", "feeder", "runs", "sync"),
     ("trainer", "cooccurrence", "records"),
     (
         "doctor.curves", "doctor.facts", "doctor.remedies", "doctor.rule", "doctor.readings", "doctor.curve_symptoms",

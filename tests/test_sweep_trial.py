@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 
 from behrt import pretrain as recipe
 from behrt.config import UserError
-from behrt.feeding import Feeder
+from behrt.feeder import Feeder
 from behrt.files import write_json
 from behrt.history import read_history, read_run
 from behrt.records import RecordsCache

@@ -20,7 +20,7 @@ from pathlib import Path
 from behrt.config import UserError
 from behrt.devices import choose_device, choose_precision
 from behrt.doctor.checkup import tolerated
-from behrt.feeding import RECORD_FILE, sync_folder
+from behrt.feeding import RECORD_FILE
 from behrt.files import write_text
 from behrt.history import read_run
 from behrt.sequences import open_prepared
@@ -33,6 +33,7 @@ from behrt.sweep.summary import StudySummary
 from behrt.sweep.tracked import begin_study_run, settle_trials, tell_improvements
 from behrt.sweep.trials import MAX_IDLE_ATTEMPTS, PARENT_RUN_ID, STUDY_ID, Tally, TrialRecord
 from behrt.sweep.worker import EXIT_DONE, EXIT_UNUSABLE, Job, job_line
+from behrt.sync import sync_folder
 from behrt.tracking import RunStatus, TrackedRun
 
 log = logging.getLogger(__name__)
