@@ -180,8 +180,23 @@ def read_training_state(folder: Path) -> dict[str, Any]:
 
 
 def read_best_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights after the best epoch, as far as they are not those of the checkpoint itself."""
-    return _load_tensors(folder / BEST_FILE) if (folder / BEST_FILE).exists() else {}
+    """The weights after the best epoch, as far as they are not those of the checkpoint itself.
+
+    A file that the checksums do not list is another checkpoint's, which lay in the same place before.
+    """
+    listed = (folder / TRAINING_CHECKSUMS_FILE).read_text(encoding="utf-8").splitlines()
+    return _load_tensors(folder / BEST_FILE) if any(line.endswith(f"  {BEST_FILE}") for line in listed) else {}
+
+
+def read_base(folder: Path) -> Base:
+    """Where the weights of a checkpoint started. Raises `UserError` where it does not say."""
+    try:
+        base = Base(**_read_about(folder)["base"])
+    except (KeyError, TypeError):
+        base = None
+    if base is None or not base.is_sound:
+        raise UserError(f"{folder / 'checkpoint.json'}: is damaged; choose another checkpoint")
+    return base
 
 
 def load_checkpoint(folder: Path, *, load_base: Callable[[Base], Checkpoint] | None = None) -> Checkpoint:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ SECONDS_FOR_A_RUN = 10.0
 SECONDS_OF_SILENCE = 10.0
 """How long an ended run waits for a store that does not answer."""
 SECONDS_OF_SILENCE_WHEN_STOPPED = 3.0
+MOST_SECONDS_WHEN_STOPPED = 5.0
+"""Whatever the store says: who asked a run to end kills it before long."""
 
 
 class Feeder:
@@ -37,7 +40,7 @@ class Feeder:
         self._folder = folder
         self._changed = threading.Event()
         self._has_run = threading.Event()
-        self._is_ending = False
+        self._is_ending = self._is_abandoned = False
         self._refusal: Exception | None = None
         self._warned = False
         self._last_heard = time.monotonic()
@@ -93,12 +96,22 @@ class Feeder:
             raise self._refusal
         return self.run_id
 
-    def finish(self, *, silence: float = SECONDS_OF_SILENCE) -> bool:
-        """Sends what is left; gives up when the store has been silent for so many seconds. Whether all has arrived."""
+    def abandon(self) -> None:
+        """Feeds no more: the folder is not this run's."""
+        self._is_abandoned = self._is_ending = True
+        self._changed.set()
+
+    def finish(self, *, silence: float = SECONDS_OF_SILENCE, limit: float = math.inf) -> bool:
+        """Sends what is left, for `limit` seconds at most; gives up when the store is silent for `silence` seconds.
+
+        Returns:
+            Whether all has arrived.
+        """
+        deadline = time.monotonic() + limit
         self._is_ending = True
         self._last_heard = time.monotonic()
         self._changed.set()
-        while self._thread.is_alive() and time.monotonic() < self._last_heard + self._allowed + silence:
+        while self._thread.is_alive() and time.monotonic() < min(deadline, self._last_heard + self._allowed + silence):
             self._thread.join(0.02)
         return self.is_complete
 
@@ -108,7 +121,7 @@ class Feeder:
 
     def _work(self) -> None:
         backoff = FIRST_BACKOFF
-        while True:
+        while not self._is_abandoned:
             self._changed.clear()
             is_last, version = self._is_ending, self._version
             try:

@@ -204,6 +204,8 @@ class FolderFeed:
         self._send_points(fed, record, sent)
         if record.status == "RUNNING" and fed.status != (record.status, None):
             self._set_status(fed, record)
+        if record.status in ("KILLED", "FAILED") and fed.status != (record.status, record.ended):
+            self._set_status(fed, record)  # before its files: who asked it to end may not wait for them
         self._send_mirror(fed, record, sent)
         if record.status != "RUNNING":
             self._send_files(fed, record, sent)
@@ -240,7 +242,11 @@ class FolderFeed:
 
     def _send_points(self, fed: Fed, record: TrackingRecord, sent: Sent) -> None:
         """Once-per-run figures, and the epochs of the history; a value that is not finite has no place in MLflow."""
-        points = [RunPoint(name, value, record.started, 0) for name, value in record.figures.items()]
+        best_epoch = int(record.figures.get("best_epoch", 0))  # by which MLflow knows the latest of several bests
+        points = [
+            RunPoint(name, value, record.started, best_epoch if name.startswith("best_") else 0)
+            for name, value in record.figures.items()
+        ]
         points += epoch_points(self._folder, started=record.started)
         missing = [point for point in points if point.step not in fed.steps_of(point.name)]
         if not missing:
@@ -250,7 +256,7 @@ class FolderFeed:
         for point in missing:
             fed.steps_of(point.name).add(point.step)
         sent.epochs += len({point.step for point in missing if point.name == "val_loss"})
-        sent.others += sum(point.step == 0 for point in missing)
+        sent.others += sum(point.name in record.figures for point in missing)
 
     def _send_mirror(self, fed: Fed, record: TrackingRecord, sent: Sent) -> None:
         """The checkpoint that waits to be mirrored, to that of the two places that does not hold the latest one."""
@@ -345,12 +351,13 @@ def files_of(folder: Path) -> dict[str, Path]:
 
 
 def epoch_points(folder: Path, *, started: int) -> list[RunPoint]:
-    """Every finite figure of the history, at the time at which its epoch ended if no other was spent."""
+    """Every figure of the epochs that were not lost, at the time at which its epoch ended if no other was spent."""
     try:
         history = read_history(folder)
     except UserError:  # no epoch yet
         return []
     seconds = {point["epoch"]: point["value"] or 0.0 for point in history.get("epoch_seconds", [])}
+    lost = {point["epoch"] for points in history.values() for point in points if point["value"] is None}
     times: dict[int, int] = {}
     elapsed = 0.0
     for epoch in sorted(seconds):
@@ -360,7 +367,7 @@ def epoch_points(folder: Path, *, started: int) -> list[RunPoint]:
         RunPoint(name, point["value"], times.get(point["epoch"], started), point["epoch"])
         for name, points in history.items()
         for point in points
-        if point["value"] is not None
+        if point["epoch"] not in lost  # a run that goes on trains it again
     ]
 
 

@@ -122,8 +122,11 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         """Raises `UserError` if another process holds it."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self._handle = (folder / ".lock").open("a")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._handle = (folder / ".lock").open("a")
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written to: {error.strerror}") from None
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

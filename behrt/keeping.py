@@ -7,6 +7,7 @@ can be gone on from.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -71,7 +72,8 @@ class Keeper:
         self.epochs = list(attempt.epochs)
         self.recoveries = attempt.state.recoveries
         go_on(attempt, model, self.trainer)
-        if not attempt.in_place:
+        self._drop_damaged(attempt)
+        if not attempt.in_place or attempt.settings != self._start.settings:
             self.keep()
         self._keep_best_again(model)
         self._folder.set_history(self.epochs)
@@ -90,6 +92,12 @@ class Keeper:
         self._save(self.best, model=model, epoch=best.epoch)
         model.load_state_dict(trained, strict=False)
 
+    def _drop_damaged(self, attempt: Attempt) -> None:
+        """Where the last checkpoint did not serve, the one before it must not make room for it."""
+        assert attempt.checkpoint is not None
+        if attempt.checkpoint == self.last.with_name("previous"):
+            shutil.rmtree(self.last, ignore_errors=True)
+
     def pause(self) -> None:
         """Keeps the training where it is, when it is time for that or it is to end; and lets it end."""
         if self._stopper.is_asked:
@@ -103,16 +111,21 @@ class Keeper:
         assert self.trainer is not None
         position = self.trainer.position()
         if position.is_finite:
-            state = self._state(position)
-            self._save(
-                self.last,
-                model=self.trainer.model,
-                epoch=len(self.epochs),
-                training=state_to_keep(self.trainer, best_of(self.epochs), state),
-                former_to=self._folder.checkpoints / "previous",
-            )
+            with self._stopper.held():
+                self._write(position)
             self._mirror()
         self._kept_at = time.monotonic()
+
+    def _write(self, position: Position) -> None:
+        assert self.trainer is not None
+        state = self._state(position)
+        self._save(
+            self.last,
+            model=self.trainer.model,
+            epoch=len(self.epochs),
+            training=state_to_keep(self.trainer, best_of(self.epochs), state),
+            former_to=self.last.with_name("previous"),
+        )
 
     def _state(self, position: Position) -> TrainingState:
         assert self.trainer is not None
@@ -139,12 +152,13 @@ class Keeper:
     def add_epoch(self, record: EpochRecord) -> None:
         """Keeps an epoch: its checkpoints, then its place in the history. Of one that is no number, only the latter."""
         assert self.trainer is not None
-        if record.is_finite:
-            self.epochs.append(record)
-            self.keep()
-            if record.is_best:
-                self._save(self.best, model=self.trainer.model, epoch=record.epoch)
-        self._folder.add_epoch(record)
+        with self._stopper.held():
+            if record.is_finite:
+                self.epochs.append(record)
+                self.keep()
+                if record.is_best:
+                    self._save(self.best, model=self.trainer.model, epoch=record.epoch)
+            self._folder.add_epoch(record)
 
     def can_recover(self, record: EpochRecord) -> bool:
         """Whether an epoch is lost, and the run may go back and try again."""
@@ -161,6 +175,7 @@ class Keeper:
         rate_factor = self.trainer.rate_factor * RATE_AFTER_RECOVERY
         self.trainer.optimizer.state.clear()  # a checkpoint of before the first step brings no state to replace it
         go_on(attempt, model, self.trainer)
+        self._drop_damaged(attempt)
         self.trainer.rate_factor = rate_factor
         self._folder.set_history(self.epochs)
         self.keep()

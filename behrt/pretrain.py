@@ -22,14 +22,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from behrt.batches import PackedBatch, TrainingBatches
-from behrt.checkpoints import Base, Transplant, make_base, save_checkpoint
+from behrt.checkpoints import Base, Transplant, make_base, read_base, save_checkpoint
 from behrt.config import ExperimentSettings, UserError, experiment_yaml
 from behrt.devices import choose_device, choose_precision, is_out_of_memory
 from behrt.doctor.checkup import Checkup, facts_before_training, tolerated
 from behrt.doctor.diagnosis import markdown
 from behrt.doctor.facts import RunFacts
 from behrt.doctor.preflight import probe
-from behrt.feeder import SECONDS_OF_SILENCE, SECONDS_OF_SILENCE_WHEN_STOPPED, Feeder
+from behrt.feeder import MOST_SECONDS_WHEN_STOPPED, SECONDS_OF_SILENCE, SECONDS_OF_SILENCE_WHEN_STOPPED, Feeder
 from behrt.feeding import TrackingRecord, new_record, now
 from behrt.history import EpochRecord, RunFolder
 from behrt.keeping import Keeper
@@ -38,9 +38,9 @@ from behrt.model import BEHRTForMaskedLM
 from behrt.parameters import ParameterCounts, apply_lora_to_behrt, count_parameters, set_trainable
 from behrt.plots import draw_curves
 from behrt.records import Records, RecordsCache
-from behrt.resume import Attempt, best_of, check_changes
+from behrt.resume import Attempt, as_it_is_now, best_of, check_changes
 from behrt.run_report import STATUS_OF_OUTCOME, Listener, RunResult, RunStart, StudyTrial
-from behrt.runs import load_base, name_base
+from behrt.runs import load_base, load_base_again, name_base
 from behrt.sequences import open_prepared
 from behrt.stopper import Stopper
 from behrt.tracking import PARENT_TAG, TRIAL_NUMBER, TRIAL_STATE, RunStatus
@@ -70,8 +70,13 @@ def masked_lm_loss(model: nn.Module, batch: PackedBatch) -> LossSums:
     )
 
 
-def build_model(settings: ExperimentSettings, records: Records) -> tuple[BEHRTForMaskedLM, Base, Transplant | None]:
+def build_model(
+    settings: ExperimentSettings, records: Records, base: Base | None = None
+) -> tuple[BEHRTForMaskedLM, Base, Transplant | None]:
     """The model that training starts from, its adapters inserted and its trainability set.
+
+    Args:
+        base: of a run that goes on; what `--init-from` names may be another run by now.
 
     Raises:
         UserError: a vocabulary size below the data's, a rank or target that does not fit, an unusable `--init-from`.
@@ -84,8 +89,11 @@ def build_model(settings: ExperimentSettings, records: Records) -> tuple[BEHRTFo
             "leave it out, or raise it"
         )
     config = settings.model.config(vocab_size=vocab_size, max_position=records.max_position)
-    base = name_base(settings.training.seed, adaptation.init_from)
-    model, transplanted = make_base(config, vocabulary, base, load_base=load_base)
+    if base is None:
+        base, load = name_base(settings.training.seed, adaptation.init_from), load_base
+    else:
+        load = load_base_again
+    model, transplanted = make_base(config, vocabulary, base, load_base=load)
     choose_trained(model, settings)
     return model, base, transplanted
 
@@ -154,7 +162,8 @@ def pretrain(
     precision = choose_precision(settings.training.precision, device)
     records = (records_cache or RecordsCache()).select(settings, progress=listener.preparing)
     changes = _changes(attempt, settings, records)
-    model, base, transplanted = build_model(settings, records)
+    former_base = read_base(attempt.checkpoint) if attempt is not None and attempt.checkpoint is not None else None
+    model, base, transplanted = build_model(settings, records, former_base)
     steps = TrainingBatches(
         records.training,
         records.training_patients,
@@ -169,6 +178,8 @@ def pretrain(
     run_folder = RunFolder(folder)
     run_folder.claim()
     try:
+        if attempt is not None:
+            attempt = as_it_is_now(attempt, settings)
         start = RunStart(
             experiment=experiment,
             folder=folder,
@@ -188,7 +199,10 @@ def pretrain(
             truncated_share=records.truncated_share,
             trial=trial,
         )
-        start, feeder = _begin(start, run_folder, attempt, changes)
+        with stopper.held():
+            key, former, feeder = _begin(start, run_folder, attempt, changes)
+        run_id = _wait_for_run(start, run_folder, former, feeder)
+        start = replace(start, key=key, run_id=run_id)
         batches: dict[str, Any] = {
             "steps": steps,
             "train_evaluation": records.train_evaluation.packed(EVALUATED_AT_ONCE, records.row_length),
@@ -248,11 +262,11 @@ def _changes(attempt: Attempt | None, settings: ExperimentSettings, records: Rec
 
 def _begin(
     start: RunStart, run_folder: RunFolder, attempt: Attempt | None, changes: list[str]
-) -> tuple[RunStart, Feeder]:
+) -> tuple[str, TrackingRecord | None, Feeder]:
     """Makes the folder the run's own, and begins to tell MLflow of it.
 
-    Raises:
-        UserError: MLflow will not take the run; the folder is then as it was.
+    Returns:
+        The run's key, what MLflow held of it before (None for a new run), and what feeds it.
     """
     settings, trial = start.settings, start.trial
     tags = {
@@ -268,6 +282,7 @@ def _begin(
     former = _former_record(run_folder, attempt)
     if former is not None:
         tags |= {"resumed_with": "; ".join(changes)} if changes else {}
+        tags |= {"ended": "resumed"} if "ended" in former.tags else {}
         record = replace(former, tags={**former.tags, **tags}, status="RUNNING", ended=None)
         run_folder.go_on(experiment_yaml(settings))
     else:
@@ -288,15 +303,28 @@ def _begin(
         run_folder.begin(experiment_yaml(settings))
     record.save(run_folder.path)
     feeder = Feeder(run_folder.path)
+    return record.key, former, feeder
+
+
+def _wait_for_run(start: RunStart, run_folder: RunFolder, former: TrackingRecord | None, feeder: Feeder) -> str | None:
+    """MLflow's id of the run, if it comes in time.
+
+    Raises:
+        UserError: MLflow will not take the run; the folder is then as it was.
+    """
     try:
-        run_id = feeder.wait_for_run()
+        return feeder.wait_for_run()
+    except KeyboardInterrupt:
+        feeder.update(status="KILLED", ended=now())
+        feeder.finish(silence=SECONDS_OF_SILENCE_WHEN_STOPPED, limit=MOST_SECONDS_WHEN_STOPPED)
+        raise
     except UserError:
+        feeder.abandon()
         if former is None:
             run_folder.take_back()
         else:
             former.save(run_folder.path)
         raise
-    return replace(start, key=record.key, run_id=run_id), feeder
 
 
 def _former_record(run_folder: RunFolder, attempt: Attempt | None) -> TrackingRecord | None:
@@ -441,9 +469,12 @@ def _ending(
         result.seconds = time.perf_counter() - started
         try:
             _keep_end(result, run_folder, feeder)
-        except OSError as error:  # a full disk, above all; what ended the run is said after this
-            log.warning("%s: what the run came to cannot be written: %s", run_folder.path, error.strerror or error)
-        feeder.finish(silence=SECONDS_OF_SILENCE_WHEN_STOPPED if stopper.is_asked else SECONDS_OF_SILENCE)
+        except (OSError, UserError) as error:  # a full disk, above all; what ended the run is said after this
+            log.warning("%s: what the run came to cannot be written: %s", run_folder.path, error)
+        if stopper.is_asked:
+            feeder.finish(silence=SECONDS_OF_SILENCE_WHEN_STOPPED, limit=MOST_SECONDS_WHEN_STOPPED)
+        else:
+            feeder.finish(silence=SECONDS_OF_SILENCE)
         with tolerated("writing run.json"):
             _write_run(result, run_folder, feeder)
 
@@ -455,7 +486,8 @@ def _keep_end(result: RunResult, run_folder: RunFolder, feeder: Feeder) -> None:
         result.checkup.update(run_folder.history, finished=True, stopped_early=result.stopped_early)
     _log_diagnosis(result, run_folder, feeder)
     if run_folder.history and start.trial is None:  # a trial's curves are the coordinator's to draw
-        draw_curves(run_folder.history, start.baselines, run_folder.plots, title=start.experiment)
+        with tolerated("drawing the curves"):
+            draw_curves(run_folder.history, start.baselines, run_folder.plots, title=start.experiment)
     if result.best is not None:
         feeder.add_figures({"best_val_loss": result.best.val_loss, "best_epoch": result.best.epoch})
     status: RunStatus = result.status

@@ -26,11 +26,11 @@ from behrt.checkpoints import (
     restore_checkpoint,
 )
 from behrt.config import ExperimentSettings, TrainingSettings, UserError, build_settings, load_experiment
-from behrt.feeding import MIRRORS, RESUME_ARTIFACTS, TrackingRecord
+from behrt.feeding import MIRRORS, RESUME_ARTIFACTS, TrackingRecord, new_record
 from behrt.history import EPOCH_FIGURES, EpochRecord, RunFolder, finite
 from behrt.model import BEHRTForMaskedLM
 from behrt.runs import find_local_run, is_run_id, load_base_again
-from behrt.tracking import download_artifacts
+from behrt.tracking import download_artifacts, shown_uri
 from behrt.trainer import EarlyStopping, Position, Trainer, learning_rate_at
 
 log = logging.getLogger(__name__)
@@ -93,6 +93,11 @@ class Attempt:
     state: TrainingState | None = None
     epochs: tuple[EpochRecord, ...] = ()
     in_place: bool = False
+
+    def progress(self) -> tuple[int, int, int]:
+        """What grows as a run goes on: one that recovers goes back to an earlier position."""
+        recoveries = 0 if self.state is None else self.state.recoveries
+        return recoveries, self.position.epoch, self.position.step
 
     @property
     def position(self) -> Position:
@@ -159,6 +164,21 @@ def read_attempt(folder: Path, checkpoint: Path, settings: ExperimentSettings | 
     return attempt
 
 
+def as_it_is_now(attempt: Attempt, settings: ExperimentSettings) -> Attempt:
+    """The attempt, read again by whoever holds its folder: another process may have gone on with it meanwhile.
+
+    Raises:
+        UserError: it was another process's, and is not what it was.
+    """
+    if attempt.in_place:
+        found = _attempt_in(attempt.folder, settings)
+        return attempt if found is None else replace(found, in_place=True)
+    assert attempt.checkpoint is not None
+    if attempt.state != TrainingState(**read_training_state(attempt.checkpoint)):
+        raise UserError(f"{attempt.folder}: another process goes on with it")
+    return attempt
+
+
 def attempt_to_resume(target: str, download_to: Callable[[TrainingState], Path]) -> Attempt:
     """The attempt that `behrt train --resume TARGET` goes on with, in its own folder.
 
@@ -183,6 +203,11 @@ def attempt_to_resume(target: str, download_to: Callable[[TrainingState], Path])
     record = TrackingRecord.load(folder)  # refuses a folder that holds no run at all
     if "trial_state" in record.tags:
         raise UserError(f"--resume: {folder}: is a trial of a study; behrt sweep run goes on with the study")
+    if attempt is None and record.status != "RUNNING" and RunFolder(folder).history_file.exists():
+        raise UserError(
+            f"--resume: {folder}: has epochs in its history and no checkpoint to go on from; MLflow may have one: move "
+            f"the folder away, and name the run by its id, {record.run_id or 'which it never got'}"
+        )
     if attempt is None:
         attempt = Attempt(folder=folder, settings=load_experiment(RunFolder(folder).settings_file))
     return replace(attempt, in_place=True)
@@ -205,7 +230,7 @@ def _attempt_from_mlflow(run_id: str, download_to: Callable[[TrainingState], Pat
                 why_not.append(str(error))
         if not found:
             raise UserError(f"--resume: {run_id}: no checkpoint in MLflow is whole: {'; '.join(why_not)}")
-        latest = max(found, key=lambda attempt: (attempt.position.epoch, attempt.position.step))
+        latest = max(found, key=Attempt.progress)
         assert latest.state is not None
         assert latest.checkpoint is not None
         folder = download_to(latest.state)
@@ -213,6 +238,14 @@ def _attempt_from_mlflow(run_id: str, download_to: Callable[[TrainingState], Pat
         run_folder.claim()
         try:
             run_folder.take_in(latest.checkpoint, latest.state.history, latest.state.settings)
+            new_record(
+                experiment=latest.state.experiment,
+                params=latest.settings.flat(),
+                key=latest.state.key,
+                run_id=run_id,
+                store=shown_uri(),
+                status="KILLED",
+            ).save(folder)
         finally:
             run_folder.release()
     return replace(read_attempt(folder, run_folder.checkpoints / "last"), in_place=True)
@@ -234,7 +267,7 @@ def check_changes(attempt: Attempt, settings: ExperimentSettings) -> list[str]:
             f"--resume {attempt.folder}: the run was begun with other settings: {differences}; leave these out, or "
             f"train a new run with them (a run may go on with another {allowed})"
         )
-    if attempt.state is not None:
+    if attempt.state is not None and has_finished(attempt.folder):
         stopping = EarlyStopping(settings.training.early_stopping_patience, settings.training.early_stopping_min_delta)
         for record in attempt.epochs:
             stopping.update(record.val_loss)
@@ -252,6 +285,14 @@ def check_changes(attempt: Attempt, settings: ExperimentSettings) -> list[str]:
     if "training.epochs" in changed:
         sentences.append(schedule_change(attempt, settings))
     return sentences
+
+
+def has_finished(folder: Path) -> bool:
+    """Whether the run came to its end; one that was killed after its last epoch still has to."""
+    try:
+        return TrackingRecord.load(folder).status == "FINISHED"
+    except UserError:
+        return False
 
 
 def flag_of(name: str) -> str:

@@ -91,6 +91,17 @@ class Stopper:
         if self._where is Where.AT_PAUSES:
             self._raise()
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """What happens here is brought to its end; a signal that comes meanwhile is heard after it."""
+        where, self._where = self._where, Where.NOWHERE
+        try:
+            yield
+        finally:
+            self._where = where
+        if where is Where.ANYWHERE:
+            self._raise()
+
     def hold(self) -> None:
         """The training is over: what it produced is being kept, and that is brought to its end."""
         self._where = Where.NOWHERE

@@ -352,11 +352,18 @@ class StoredRun:
             started: milliseconds since 1970.
         """
         from mlflow.entities import ViewType
+        from mlflow.exceptions import MlflowException
 
-        if run_id is not None:
-            if client.get_run(run_id).info.lifecycle_stage == "deleted":
-                raise UserError(f"{run_id}: was deleted in MLflow; restore it there")
-            return cls(client, run_id, is_new=False)
+        try:
+            known = client.get_run(run_id) if run_id is not None else None
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            known = None  # the store was made anew at its old address
+        if known is not None and known.info.lifecycle_stage == "deleted":
+            raise UserError(f"{run_id}: was deleted in MLflow; restore it there")
+        if known is not None:
+            return cls(client, known.info.run_id, is_new=False)
         number = experiment_id(client, experiment)
         # created by a request whose answer was lost, perhaps
         found = client.search_runs([number], f"tags.{RUN_KEY} = '{key}'", run_view_type=ViewType.ALL)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -275,3 +276,20 @@ def test_a_folder_that_was_copied_is_the_same_run(folder: Path) -> None:
     FolderFeed(copy).feed()
     assert steps_in_mlflow(copy) == [1, 2]
     assert len(connect().search_runs([experiment_id(connect(), "mine")])) == 1
+
+
+def test_a_store_that_was_made_anew_at_its_old_address_gets_the_whole_run(folder: Path) -> None:
+    FolderFeed(folder).feed()
+    with sqlite3.connect(folder.parent / "mlruns" / "mlflow.db") as database:
+        for table in ("metrics", "latest_metrics", "params", "tags", "inputs", "runs"):
+            database.execute(f"DELETE FROM {table}")
+    FolderFeed(folder).feed()
+    assert steps_in_mlflow(folder) == [1, 2]
+
+
+def test_an_epoch_that_was_lost_is_not_told_for_it_is_trained_again(folder: Path) -> None:
+    history = read_history(folder)
+    history["train_loss"][1]["value"] = None
+    write_json(folder / "logs" / "metrics_history.json", history)
+    FolderFeed(folder).feed()
+    assert steps_in_mlflow(folder, "learning_rate") == [1]

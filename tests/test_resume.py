@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from mlflow import MlflowClient
+from safetensors.torch import save_file
 
 from behrt.checkpoints import drop_training
 from behrt.cli import main
@@ -17,7 +18,7 @@ from behrt.console import TerminalListener
 from behrt.files import read_json
 from behrt.history import EpochRecord, read_history, read_run
 from behrt.pretrain import pretrain
-from behrt.resume import find_attempt
+from behrt.resume import attempt_to_resume, find_attempt
 from behrt.run_report import Listener
 from behrt.runs import load_run
 from behrt.stopper import Stopper, Terminated
@@ -356,3 +357,104 @@ def test_without_being_asked_for_nothing_is_recovered(
     spoil_a_step(monkeypatch, 2)
     result = pretrain(settings_of(workspace), experiment="run", folder=Path("run"))
     assert (result.status, result.recoveries, result.diagnosis.verdict) == ("FAILED", 0, "diverged")
+
+
+# What a reader of the code found
+
+
+def test_a_run_that_was_killed_after_its_last_epoch_is_brought_to_its_end(whole: ExperimentSettings) -> None:
+    cut_off(whole, Path("cut"), after=3)
+    assert read_run(Path("cut"))["status"] == "FAILED"
+    resume()
+    assert_same(Path("whole"), Path("cut"))
+    assert read_run(Path("cut"))["status"] == "FINISHED"
+
+
+def test_a_lora_run_goes_on_over_the_base_that_it_was_begun_on(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder that `--init-from` named holds another run by then: the very one that goes on."""
+    monkeypatch.chdir(tmp_path)
+    pretrain(settings_of(workspace, epochs=1), experiment="m", folder=Path("experiments/m"))
+    lora = settings_of(workspace, epochs=3, use_lora=True, lora_rank=4, init_from="experiments/m")
+    cut_off(lora, Path("experiments/m"), after=1)
+    resume("experiments/m")
+    for checkpoint in ("best", "last"):
+        assert load_run("experiments/m", checkpoint=checkpoint).base.init_from_run is not None
+
+
+def test_best_weights_of_another_checkpoint_in_the_same_place_are_not_taken(whole: ExperimentSettings) -> None:
+    """As in a place of MLflow's artifacts, where an upload replaces files and removes none."""
+    cut_off(whole, Path("cut"), after=1)
+    last = Path("cut/checkpoints/last")
+    assert not (last / "best.safetensors").exists()  # it is the best itself
+    save_file({"head.decoder.bias": torch.zeros(3)}, last / "best.safetensors")
+    resume()
+    assert_same(Path("whole"), Path("cut"))
+
+
+def test_the_only_whole_checkpoint_is_never_the_one_that_makes_room(
+    whole: ExperimentSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_off(whole, Path("cut"), after=None, steps=6)
+    (Path("cut") / "checkpoints" / "last" / "optimizer.safetensors").write_bytes(b"cut short")
+    replace = Path.replace
+
+    def killed(path: Path, target: Path) -> Path:
+        if Path(target).name == "last":  # as by kill -9 between the renames: nothing that follows is done
+            raise SystemExit
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(SystemExit):
+            main(["train", "--resume", "cut"])
+    resume()
+    assert_same(Path("whole"), Path("cut"))
+
+
+def test_a_history_without_a_checkpoint_is_not_begun_anew(
+    whole: ExperimentSettings, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.rmtree("whole/checkpoints")
+    before = read_history(Path("whole"))
+    resume("whole", "--epochs", "9", code=2)
+    assert "no checkpoint to go on from" in capsys.readouterr().err
+    assert read_history(Path("whole")) == before
+
+
+def test_a_run_that_was_lost_recovers_when_it_goes_on_with_recover(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        spoil_a_step(patch, 2)
+        assert pretrain(settings_of(workspace), experiment="run", folder=Path("run")).status == "FAILED"
+    spoil_a_step(monkeypatch, 2)
+    resume("run", "--recover")
+    about = read_run(Path("run"))
+    assert (about["status"], about["recoveries"], about["epochs"]) == ("FINISHED", 1, 4)
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlruns/mlflow.db")
+    told = {point.step: point.value for point in client.get_metric_history(about["run_id"], "learning_rate")}
+    assert told == {point["epoch"]: point["value"] for point in read_history(Path("run"))["learning_rate"]}
+
+
+def test_mlflow_knows_the_best_epoch_of_a_run_that_went_on(whole: ExperimentSettings) -> None:
+    cut_off(whole, Path("cut"), after=1)
+    resume()
+    client = MlflowClient(tracking_uri=f"sqlite:///{Path.cwd()}/mlruns/mlflow.db")
+    about = read_run(Path("cut"))
+    metrics = client.get_run(about["run_id"]).data.metrics
+    assert (metrics["best_epoch"], metrics["best_val_loss"]) == (about["best_epoch"], about["best_val_loss"])
+    assert about["best_epoch"] > 1
+
+
+def test_a_folder_that_another_process_went_on_with_is_read_again(whole: ExperimentSettings) -> None:
+    """The state is looked at before the folder is held: by then there may be another one."""
+    cut_off(whole, Path("cut"), after=None, steps=5)
+    stale = attempt_to_resume("cut", lambda state: Path("cut"))
+    fresh = attempt_to_resume("cut", lambda state: Path("cut"))
+    with pytest.raises(RuntimeError, match="cut off"):
+        pretrain(whole, experiment="cut", folder=Path("cut"), attempt=fresh, listener=CutOff(None, steps=2))
+    pretrain(whole, experiment="cut", folder=Path("cut"), attempt=stale)
+    assert_same(Path("whole"), Path("cut"))

@@ -207,14 +207,14 @@ def kill_trainings(
     return rows
 
 
-def kill_sweep(folder: Path, sweep_file: Path, *, kills: int, longest: float = 8.0, seed: int = 0) -> dict[str, Any]:
+def kill_sweep(folder: Path, sweep_file: Path, *, kills: int, longest: float = 13.0, seed: int = 0) -> dict[str, Any]:
     """A study whose only worker is killed so often; every trial it ends with is trained again, uninterrupted."""
     folder.mkdir(parents=True)
     shutil.copyfile(sweep_file, folder / "killed.yaml")
     moments, killed = random.Random(seed), 0
     process = start(folder, "sweep", "run", "killed.yaml")
     while killed < kills and process.poll() is None:
-        time.sleep(moments.uniform(2.0, longest))
+        time.sleep(moments.uniform(5.0, longest))
         for worker in children_of(process.pid):
             os.kill(worker, signal.SIGKILL)
             killed += 1
