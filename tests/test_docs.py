@@ -139,6 +139,31 @@ def test_the_page_of_sweeps_says_what_was_measured() -> None:
     assert page.endswith(measure.measured(measure.load_results()))
 
 
+@pytest.fixture
+def reliability(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The harness's measuring script, which imports from its own folder."""
+    monkeypatch.syspath_prepend(ROOT / "experiments" / "reliability")
+    return load_measure("reliability")
+
+
+def test_the_page_of_reliability_says_what_was_measured(reliability: ModuleType) -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert page.endswith(reliability.measured(reliability.load_results()))
+
+
+def test_nothing_was_lost_when_it_was_measured(reliability: ModuleType) -> None:
+    results = reliability.load_results()
+    assert reliability.failures(results) == []
+    assert sum(row["kills"] for row in results["kills"]["trainings"].values()) >= 50
+
+
+def test_what_is_not_as_it_should_be_is_told(reliability: ModuleType) -> None:
+    results = reliability.load_results()
+    results["kills"]["trainings"]["full"]["differences"] = ["history of val_loss"]
+    results["faults"]["nan"]["as_it_should"] = False
+    assert len(reliability.failures(results)) == 2
+
+
 def test_a_pruned_study_reaches_the_unpruned_one_for_half_of_its_epochs() -> None:
     """As was aimed at: within 0.5%, seed by seed; and TPE is ahead of random search on average."""
     measure = load_measure("sweeps")

@@ -2,8 +2,8 @@
 
 `soak` kills trainings, a study's worker and `behrt prepare` at random moments, brings every fault of the table about,
 and fails if anything is not as it should be; `tracking` times trainings while MLflow's server fails in each way;
-`report` writes the second half of `docs/reliability.md` from what `soak --record` and `tracking` have left in
-`results.json` beside this file.
+`trainings` is the first part of `soak` alone; `report` writes the second half of `docs/reliability.md` from what these
+have left in `results.json` beside this file (`soak` with `--record`).
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ COMMON = (
 )
 KILLED_RUNS = {
     "full": COMMON,
-    "lora": (*COMMON, "--use-lora", "--lora-rank", "4"),
+    "lora": (*COMMON, "--use-lora", "--lora-rank", "4", "--epochs", "32"),
     "accumulated": (*COMMON, "--accumulation-steps", "4", "--dropout", "0.3"),
 }
 KILLS_A_RUN = 17
 WORKER_KILLS, PREPARE_KILLS = 6, 20
 TRACKING_FAULTS = ("down", "dies", "hangs", "answers 500", "full")
-TRACKING_EPOCHS, TRACKING_REPEATS = 30, 2
+TRACKING_EPOCHS, TRACKING_REPEATS = 24, 2
 
 
 @dataclass(frozen=True)
@@ -253,6 +253,17 @@ def soak(record: bool) -> None:
         raise SystemExit("\n".join(["not as it should be:", *wrong, f"all of it is in {folder}"]))
     shutil.rmtree(folder)
     click.echo("nothing was lost", err=True)
+
+
+@cli.command()
+def trainings() -> None:
+    """The trainings of `soak` alone, killed; what was seen is kept."""
+    import kills
+
+    folder = Path(tempfile.mkdtemp(prefix="behrt-kills-"))
+    found = kills.kill_trainings(folder, KILLED_RUNS, kills=KILLS_A_RUN)
+    save_results(kills={**load_results()["kills"], "trainings": found})
+    shutil.rmtree(folder)
 
 
 @cli.command()
