@@ -256,13 +256,16 @@ def soak(record: bool) -> None:
 
 
 @cli.command()
-def trainings() -> None:
+@click.option("--only", type=click.Choice(list(KILLED_RUNS)), help="One of them.")
+def trainings(only: str | None) -> None:
     """The trainings of `soak` alone, killed; what was seen is kept."""
     import kills
 
     folder = Path(tempfile.mkdtemp(prefix="behrt-kills-"))
-    found = kills.kill_trainings(folder, KILLED_RUNS, kills=KILLS_A_RUN)
-    save_results(kills={**load_results()["kills"], "trainings": found})
+    runs = KILLED_RUNS if only is None else {only: KILLED_RUNS[only]}
+    former = load_results()["kills"]
+    found = {**former["trainings"], **kills.kill_trainings(folder, runs, kills=KILLS_A_RUN)}
+    save_results(kills={**former, "trainings": found})
     shutil.rmtree(folder)
 
 
