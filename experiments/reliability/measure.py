@@ -298,8 +298,9 @@ def measured(results: dict[str, Any]) -> str:
     """The second half of the page."""
     parts = [
         HEADING,
-        f"`make soak` ({results['seconds']} s on two cores) brought these about and found them so; "
-        "`python experiments/reliability/measure.py soak --record` and `report` wrote this page.",
+        f"`make soak` ({results['seconds']} s on two cores) brings these about; here `python "
+        "experiments/reliability/measure.py soak --record` did, and found them so. LoRA's row of the kills is of "
+        "`trainings --only lora`, the times are of `tracking`; `report` wrote this page.",
         fault_table(results["faults"]),
         "### Killed at random moments",
         after_the_kills(results["kills"]),
