@@ -96,7 +96,7 @@ class Position:
 
 
 @dataclass
-class Attempt:
+class Outcome:
     """What came of something that may take more memory than there is; `error` where it did."""
 
     error: Exception | None = None
@@ -303,14 +303,14 @@ class Trainer(Generic[B]):
 
     def _evaluate_batch(self, batch: B) -> LossSums:
         """The sums of one batch, on the CPU; in halves where it is too much for the device."""
-        attempt, whole = Attempt(), []
-        with self._memory_guarded(attempt), torch.inference_mode(), self._autocast():
+        outcome, whole = Outcome(), []
+        with self._memory_guarded(outcome), torch.inference_mode(), self._autocast():
             whole.append(self._loss(self.model, batch.to(self._device)))
-        if attempt.error is None:
+        if outcome.error is None:
             return LossSums(whole[0].loss.cpu(), whole[0].correct.cpu())
         halves = batch.halves()
         if halves is None:
-            raise attempt.error
+            raise outcome.error
         first, second = map(self._evaluate_batch, halves)
         return LossSums(first.loss + second.loss, first.correct + second.correct)
 
@@ -363,18 +363,18 @@ class Trainer(Generic[B]):
         torch.manual_seed(torch_seed(self._settings.seed, Stream.DROPOUT, self._done.epoch, self._done.step))
         scored = sum(batch.num_scored for batch in micro_batches)
         step_loss = torch.zeros((), device=self._device)
-        attempt = Attempt()
-        with self._memory_guarded(attempt):
+        outcome = Outcome()
+        with self._memory_guarded(outcome):
             for batch in micro_batches:
                 self._pause()
                 with self._autocast():
                     sums = self._loss(self.model, batch.to(self._device))
                 (sums.loss / max(1, scored)).backward()  # type: ignore[no-untyped-call]
                 step_loss += sums.loss.detach()
-        if attempt.error is not None:
+        if outcome.error is not None:
             self.optimizer.zero_grad(set_to_none=True)
             if len(micro_batches) < self.accumulation_steps or self.accumulation_steps >= self._settings.batch_size:
-                raise attempt.error
+                raise outcome.error
             self.accumulation_steps = min(2 * self.accumulation_steps, self._settings.batch_size)
             self._on_memory(self.accumulation_steps)
             return False
@@ -398,14 +398,14 @@ class Trainer(Generic[B]):
         return True
 
     @contextmanager
-    def _memory_guarded(self, attempt: Attempt) -> Iterator[None]:
+    def _memory_guarded(self, outcome: Outcome) -> Iterator[None]:
         """Notes that the device ran out of memory, and frees what the attempt had taken; passes on all else."""
         try:
             yield
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            attempt.error = error.with_traceback(None)  # its frames hold the tensors that filled the memory
+            outcome.error = error.with_traceback(None)  # its frames hold the tensors that filled the memory
             free_cached_memory(self._device)
 
     def _autocast(self) -> AbstractContextManager[object]:
