@@ -228,6 +228,7 @@ class FolderFeed:
                 run_id=record.known_run_id,
                 name=record.name,
                 started=record.started,
+                tags=record.tags,
             )
         )
         if fed.run.run_id != record.known_run_id:

@@ -343,13 +343,22 @@ class StoredRun:
 
     @classmethod
     def of(
-        cls, client: MlflowClient, *, experiment: str, key: str, run_id: str | None, name: str | None, started: int
+        cls,
+        client: MlflowClient,
+        *,
+        experiment: str,
+        key: str,
+        run_id: str | None,
+        name: str | None,
+        started: int,
+        tags: Mapping[str, str],
     ) -> Self:
         """The run of this key, created where the store has none.
 
         Args:
             run_id: under which this store has it, if that is known.
             started: milliseconds since 1970.
+            tags: that a new run has as soon as it is there.
         """
         from mlflow.entities import ViewType
         from mlflow.exceptions import MlflowException
@@ -371,7 +380,7 @@ class StoredRun:
             raise UserError(f"{found[0].info.run_id}: was deleted in MLflow; restore it there")
         if found:
             return cls(client, found[0].info.run_id, is_new=False)
-        run = client.create_run(number, start_time=started, tags={RUN_KEY: key, **_commit_tag()}, run_name=name)
+        run = client.create_run(number, start_time=started, tags={**tags, RUN_KEY: key, **_commit_tag()}, run_name=name)
         return cls(client, run.info.run_id, is_new=True)
 
     def params(self) -> set[str]:
