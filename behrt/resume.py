@@ -268,17 +268,16 @@ def check_changes(attempt: Attempt, settings: ExperimentSettings) -> list[str]:
             f"train a new run with them (a run may go on with another {allowed})"
         )
     if attempt.state is not None and has_finished(attempt.folder):
-        stopping = EarlyStopping(settings.training.early_stopping_patience, settings.training.early_stopping_min_delta)
-        for record in attempt.epochs:
-            stopping.update(record.val_loss)
+        patience = settings.training.early_stopping_patience
+        waited = attempt.epochs[-1].epochs_without_improvement if attempt.epochs else 0
         if len(attempt.epochs) >= settings.training.epochs:
             raise UserError(
                 f"--resume {attempt.folder}: all {len(attempt.epochs)} epochs are trained; for more of them say "
                 f"--epochs {2 * len(attempt.epochs)}"
             )
-        if stopping.should_stop:
+        if 0 < patience <= waited:
             raise UserError(
-                f"--resume {attempt.folder}: patience is spent ({stopping.epochs_without_improvement} epochs without a "
+                f"--resume {attempt.folder}: patience is spent ({waited} epochs without a "
                 "better val_loss); to train on, raise --early-stopping-patience"
             )
     sentences = [f"{name} {_shown(before[name])} -> {_shown(after[name])}" for name in changed]

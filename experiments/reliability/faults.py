@@ -345,7 +345,7 @@ def damaged_checkpoints(folder: Path) -> dict[str, Any]:
     return {
         "warned": "goes on from the checkpoint before it" in said,
         "differences": differences(folder / "whole" / "experiments" / "run", run_folder),
-        "refused": refused.strip().splitlines()[-1][:120],
+        "refused": refused.strip().splitlines()[-1].replace(f"{folder}/", "")[:120],
     }
 
 

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,6 @@ class Lives:
     before_a_checkpoint: int = 0
     inside_an_epoch: int = 0
     between_epochs: int = 0
-    seconds_lived: list[float] = field(default_factory=list)
 
 
 def where_it_was(folder: Path) -> str:
@@ -118,13 +117,12 @@ def killed_training(
     while True:
         if (run_folder / "logs" / "tracking.json").exists():
             words = ["train", "--resume", str(run_folder), "--checkpoint-minutes", "0.005"]
-        process, began = fork(folder, *words), time.monotonic()
+        process = fork(folder, *words)
         process.join(moments.uniform(0.3, longest) if lives.kills < kills else None)
         if process.exitcode is None:
             process.kill()
             process.join()
             lives.kills += 1
-            lives.seconds_lived.append(time.monotonic() - began)
             where = where_it_was(run_folder)
             setattr(lives, where, getattr(lives, where) + 1)
             continue
