@@ -293,3 +293,17 @@ def test_an_epoch_that_was_lost_is_not_told_for_it_is_trained_again(folder: Path
     write_json(folder / "logs" / "metrics_history.json", history)
     FolderFeed(folder).feed()
     assert steps_in_mlflow(folder, "learning_rate") == [1]
+
+
+def test_a_run_has_its_tags_as_soon_as_it_is_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial that is stopped right after belongs to its study all the same."""
+
+    def dies(*given: Any) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(StoredRun, "log_params", dies)
+    with pytest.raises(SystemExit):
+        FolderFeed(folder).feed()
+    client = connect()
+    (run,) = client.search_runs([experiment_id(client, "mine")])
+    assert run.data.tags["device"] == "cpu"
