@@ -11,7 +11,7 @@ import torch
 from mlflow import MlflowClient
 from safetensors.torch import save_file
 
-from behrt.checkpoints import drop_training
+from behrt.checkpoints import drop_training, read_best_weights
 from behrt.cli import main
 from behrt.config import ExperimentSettings, UserError, load_experiment
 from behrt.console import TerminalListener
@@ -389,6 +389,7 @@ def test_best_weights_of_another_checkpoint_in_the_same_place_are_not_taken(whol
     last = Path("cut/checkpoints/last")
     assert not (last / "best.safetensors").exists()  # it is the best itself
     save_file({"head.decoder.bias": torch.zeros(3)}, last / "best.safetensors")
+    assert read_best_weights(last) == {}
     resume()
     assert_same(Path("whole"), Path("cut"))
 
