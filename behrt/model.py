@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from behrt.attention import PatientGroups, attend
 from behrt.config import BEHRTConfig, UserError
 
 YEARS_PER_AGE_BIN = 5
@@ -41,6 +42,29 @@ def positions_within(segments: Tensor) -> Tensor:
     starts = torch.zeros_like(index)
     starts[:, 1:] = torch.where(segments[:, 1:] != segments[:, :-1], index[:, 1:], 0)
     return torch.where(segments < 0, 0, index - starts.cummax(dim=1).values)
+
+
+def real_tokens(codes: Tensor, segments: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """Which tokens are no padding, and how many each patient has.
+
+    Args:
+        codes: [rows, length], for its shape.
+        segments: int [rows, length]; the patient of the row that a token belongs to, -1 on padding.
+
+    Returns:
+        Indices into the flattened rows, int64 [tokens], None where nothing is padding; and int64 [patients] on the CPU.
+
+    >>> real_tokens(torch.zeros(2, 4), torch.tensor([[0, 0, 1, -1], [0, -1, -1, -1]]))
+    (tensor([0, 1, 2, 4]), tensor([2, 1, 1]))
+    """
+    rows, length = codes.shape
+    if segments is None:
+        return None, torch.full((rows,), length)
+    row = torch.arange(rows, device=segments.device)[:, None]
+    patient = (segments + row * (segments.max() + 1)).flatten()
+    tokens = (segments.flatten() >= 0).nonzero().squeeze(1)
+    _, counts = torch.unique_consecutive(patient[tokens], return_counts=True)
+    return (None if len(tokens) == codes.numel() else tokens), counts.cpu()
 
 
 def uniform_(tensor: Tensor, bound: float, generator: torch.Generator | None) -> None:
@@ -131,21 +155,16 @@ class Attention(nn.Module):
 
     def __init__(self, config: BEHRTConfig) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
         self.query = nn.Linear(config.hidden_dim, config.hidden_dim)
         self.key = nn.Linear(config.hidden_dim, config.hidden_dim)
         self.value = nn.Linear(config.hidden_dim, config.hidden_dim)
         self.output = nn.Linear(config.hidden_dim, config.hidden_dim)
 
-    def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        query, key, value = (
-            projection(hidden).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [rows, heads, length, head_dim]
-            for projection in (self.query, self.key, self.value)
-        )
-        # No dropout on the attention weights: it would cost the fused kernels, and the residual branch has its own.
-        context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        attended: Tensor = self.output(context.transpose(1, 2).flatten(-2))
-        return attended  # [rows, length, hidden_dim]
+    def forward(self, hidden: Tensor, groups: PatientGroups, asking: Tensor | None = None) -> Tensor:
+        """`hidden` [tokens, hidden_dim]; with `asking` (int64 indices) the result is that of these tokens alone."""
+        asks = hidden if asking is None else hidden[asking]
+        attended: Tensor = self.output(attend(self.query(asks), self.key(hidden), self.value(hidden), groups))
+        return attended  # [tokens that ask, hidden_dim]
 
 
 class FeedForward(nn.Module):
@@ -172,8 +191,10 @@ class EncoderLayer(nn.Module):
         self.feedforward = FeedForward(config)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        hidden = hidden + self.dropout(self.attention(self.attention_norm(hidden), mask))
+    def forward(self, hidden: Tensor, groups: PatientGroups, asking: Tensor | None = None) -> Tensor:
+        """`hidden` [tokens, hidden_dim]; with `asking` (int64 indices) the result is that of these tokens alone."""
+        attended = self.attention(self.attention_norm(hidden), groups, asking)
+        hidden = (hidden if asking is None else hidden[asking]) + self.dropout(attended)
         hidden = hidden + self.dropout(self.feedforward(self.feedforward_norm(hidden)))
         return hidden
 
@@ -186,10 +207,22 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.hidden_dim)
 
-    def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`hidden` [rows, length, hidden_dim]; `mask` bool, [rows, 1, length, length], True where a token may look."""
-        for layer in self.layers:
-            hidden = layer(hidden, mask)
+    def forward(self, hidden: Tensor, groups: PatientGroups, wanted: Tensor | None = None) -> Tensor:
+        """The patients' tokens end to end, through all layers.
+
+        Args:
+            hidden: float [tokens, hidden_dim].
+            groups: whose tokens they are.
+            wanted: int64 indices, rising, of the tokens whose result is needed; None is all. The last layer computes
+                only these: the others matter to it as keys and values alone.
+
+        Returns:
+            [tokens wanted, hidden_dim].
+        """
+        *layers, last = self.layers
+        for layer in layers:
+            hidden = layer(hidden, groups)
+        hidden = last(hidden, groups) if wanted is None else last(hidden, groups.asking(wanted), wanted)
         normalised: Tensor = self.norm(hidden)
         return normalised
 
@@ -225,8 +258,9 @@ class BEHRT(nn.Module):
         segments: Tensor | None = None,
         *,
         positions: Tensor | None = None,
+        scored: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states, float, [batch, length, hidden_dim]; those of padding are finite and mean nothing.
+        """Hidden states, float, [batch, length, hidden_dim]; those of padding are zero.
 
         All arguments are [batch, length].
 
@@ -239,6 +273,8 @@ class BEHRT(nn.Module):
             segments: int, which patient of the row a token belongs to; -1 is padding. A patient's tokens lie side by
                 side. Without it each row is one patient.
             positions: int, below `max_position`. Without it they count from 0 for each patient.
+            scored: bool. The result is that of these tokens alone, [number scored, hidden_dim], in the order of
+                `scored.nonzero()`, and the last layer computes no others.
 
         Raises:
             UserError: a patient has more tokens than the model has positions (where `positions` are not given).
@@ -248,10 +284,19 @@ class BEHRT(nn.Module):
             segments = torch.where(tokens, 0 if segments is None else segments, -1)
         if positions is None:
             positions = self._positions(codes, segments)
-        # Padding attends to padding, so that every softmax has something to sum over and nothing becomes NaN.
-        mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
-        hidden: Tensor = self.encoder(self.embeddings(codes, ages, visits, positions), mask)
-        return hidden
+        tokens, counts = real_tokens(codes, segments)
+        flat = (x.flatten() if tokens is None else x.flatten()[tokens] for x in (codes, ages, visits, positions))
+        embedded = self.embeddings(*flat)  # [tokens, hidden_dim]
+        groups = PatientGroups.of(counts, heads=self.config.num_heads, device=embedded.device)
+        if scored is not None:
+            chosen = scored.flatten() if tokens is None else scored.flatten()[tokens]
+            wanted: Tensor = self.encoder(embedded, groups, chosen.nonzero().squeeze(1))
+            return wanted  # [scored, hidden_dim]
+        hidden: Tensor = self.encoder(embedded, groups)
+        if tokens is not None:
+            padded = hidden.new_zeros(codes.numel(), hidden.shape[1])
+            hidden = padded.index_copy(0, tokens, hidden)
+        return hidden.view(*codes.shape, -1)
 
     def _positions(self, codes: Tensor, segments: Tensor | None) -> Tensor:
         length = longest = codes.shape[1]
@@ -321,8 +366,6 @@ class BEHRTForMaskedLM(nn.Module):
 
         The other arguments, and what is raised, are those of `BEHRT.forward`.
         """
-        hidden = self.behrt(codes, ages, visits, attention_mask, segments, positions=positions)
-        if scored is not None:
-            hidden = hidden[scored]  # [scored, hidden_dim]
+        hidden = self.behrt(codes, ages, visits, attention_mask, segments, positions=positions, scored=scored)
         logits: Tensor = self.head(hidden)
         return logits

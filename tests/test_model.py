@@ -150,6 +150,7 @@ def test_no_gradient_flows_from_one_patient_to_another(segmented: bool):
     output = model(**batch)
     direction = torch.randn(output[:, first].shape, generator=seeded())
     (gradient,) = torch.autograd.grad((output[:, first] * direction).sum(), embedded)
+    gradient = gradient.view(*output.shape)
     assert gradient[:, first].abs().min() > 0
     assert bool(gradient[:, second].any()) is not segmented
 
@@ -217,16 +218,38 @@ def test_the_head_is_computed_only_at_scored_tokens():
     torch.testing.assert_close(at_scored, full[scored], rtol=0, atol=1e-6)
 
 
-def test_the_mask_is_built_once_for_all_layers():
+def test_patients_are_grouped_once_for_all_layers_that_compute_all_tokens():
     model = BEHRT(TINY).eval()
-    masks = []
+    groups = []
     for layer in model.encoder.layers:
-        layer.attention.register_forward_hook(lambda module, inputs, output: masks.append(inputs[1]))
+        layer.attention.register_forward_hook(lambda module, inputs, output: groups.append(inputs[1]))
     batch, _ = packed_and_alone((3, 4), padding=2)
     model(**batch)
-    assert len(masks) == 2
-    assert masks[0] is masks[1]
-    assert masks[0].dtype == torch.bool
+    assert len(groups) == 2
+    assert groups[0] is groups[1]
+
+
+def test_the_last_layer_is_computed_only_at_scored_tokens():
+    model = BEHRTForMaskedLM(TINY, generator=seeded()).train()
+    batch, _ = packed_and_alone((5, 1, 9, 4), padding=3)
+    scored = torch.zeros(1, 22, dtype=torch.bool)
+    scored[0, [1, 8, 17]] = True  # of the second patient none
+    rows = []
+    for layer in model.behrt.encoder.layers:
+        layer.feedforward.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    model(**batch, scored=scored)
+    assert rows == [19, 3]
+
+
+def test_gradients_are_the_same_whether_all_tokens_are_computed_or_the_scored_ones():
+    model = BEHRTForMaskedLM(TINY, generator=seeded()).double().eval()
+    batch, _ = packed_and_alone((5, 1, 9, 4), padding=3)
+    scored = (torch.rand(1, 22, generator=seeded()) < 0.3) & (batch["segments"] >= 0)
+    gradients = []
+    for logits in (model(**batch)[scored], model(**batch, scored=scored)):
+        gradients.append(torch.autograd.grad(logits.logsumexp(-1).sum(), list(model.parameters())))
+    for of_all, of_scored in zip(*gradients, strict=True):
+        torch.testing.assert_close(of_all, of_scored, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("size", ["small", "medium", "large"])
