@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from behrt.config import UserError, nearest, refuse_what_is_no_file
 from behrt.files import replacing_file, write_text
+from behrt.layers import drop
 from behrt.model import BEHRT, uniform_
 
 LAYERS_OF_TARGET: dict[str, tuple[str, ...]] = {
@@ -65,9 +66,12 @@ class Adapter(nn.Module):
         self.A = nn.Parameter(base.weight.new_empty(rank, base.in_features))
         self.B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.dropout(x, self.dropout, self.training)
-        return F.linear(F.linear(x, self.A), self.B) * self.scaling
+    def forward(self, x: Tensor, onto: Tensor) -> Tensor:
+        """`onto` [..., out_features] plus the adapter's output for `x` [..., in_features]."""
+        x = drop(x, self.dropout) if self.training else x
+        thin = F.linear(x, self.A) * self.scaling  # scaled where it is thin
+        added = torch.addmm(onto.flatten(0, -2), thin.flatten(0, -2), self.B.T)
+        return added.view(onto.shape)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}"
@@ -87,7 +91,7 @@ class LoRALinear(nn.Module):
         self.in_features, self.out_features = base.in_features, base.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.base(x) + self.lora(x)
+        result: Tensor = self.lora(x, self.base(x))
         return result
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from behrt.attention import PatientGroups, attend
 from behrt.config import BEHRTConfig, UserError
+from behrt.layers import Dropout, Linear, lowered
 
 YEARS_PER_AGE_BIN = 5
 TABLE_STD = 0.02
@@ -100,32 +101,6 @@ def initialise(model: nn.Module, generator: torch.Generator | None = None) -> No
             nn.init.zeros_(module.bias)
 
 
-class Dropout(nn.Module):
-    """Dropout (Srivastava et al., 2014) whose random numbers are cheap on the CPU.
-
-    There torch draws one number per element, one after the other, a sixth of a small model's step. Here every draw of
-    64 bits decides for four elements, 16 bits each; the share that is dropped is exact to 1/65,536.
-    """
-
-    def __init__(self, share: float) -> None:
-        super().__init__()
-        self.share = share
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        if not self.training or self.share == 0:
-            return hidden
-        if hidden.device.type != "cpu":
-            return F.dropout(hidden, self.share)
-        count = hidden.numel()
-        draws = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(1 << 63), None).view(torch.int16)
-        dropped = min(round(self.share * 65536), 65535)
-        kept = (draws[:count] >= dropped - 32768).view(hidden.shape)
-        return hidden * (kept.to(hidden.dtype) * (65536 / (65536 - dropped)))
-
-    def extra_repr(self) -> str:
-        return f"share={self.share}"
-
-
 class Embeddings(nn.Module):
     """Code, age, visit and position tables, summed, normalised and projected to the width of the encoder."""
 
@@ -137,7 +112,7 @@ class Embeddings(nn.Module):
         self.positions = nn.Embedding(config.max_position, config.embedding_dim)
         self.norm = nn.LayerNorm(config.embedding_dim)
         self.dropout = Dropout(config.dropout)
-        self.projection = nn.Linear(config.embedding_dim, config.hidden_dim)
+        self.projection = Linear(config.embedding_dim, config.hidden_dim)
 
     def forward(self, codes: Tensor, ages: Tensor, visits: Tensor, positions: Tensor) -> Tensor:
         summed = (
@@ -155,10 +130,10 @@ class Attention(nn.Module):
 
     def __init__(self, config: BEHRTConfig) -> None:
         super().__init__()
-        self.query = nn.Linear(config.hidden_dim, config.hidden_dim)
-        self.key = nn.Linear(config.hidden_dim, config.hidden_dim)
-        self.value = nn.Linear(config.hidden_dim, config.hidden_dim)
-        self.output = nn.Linear(config.hidden_dim, config.hidden_dim)
+        self.query = Linear(config.hidden_dim, config.hidden_dim)
+        self.key = Linear(config.hidden_dim, config.hidden_dim)
+        self.value = Linear(config.hidden_dim, config.hidden_dim)
+        self.output = Linear(config.hidden_dim, config.hidden_dim)
 
     def forward(self, hidden: Tensor, groups: PatientGroups, asking: Tensor | None = None) -> Tensor:
         """`hidden` [tokens, hidden_dim]; with `asking` (int64 indices) the result is that of these tokens alone."""
@@ -172,8 +147,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: BEHRTConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(config.hidden_dim, config.feedforward_dim)
-        self.down = nn.Linear(config.feedforward_dim, config.hidden_dim)
+        self.up = Linear(config.hidden_dim, config.feedforward_dim)
+        self.down = Linear(config.feedforward_dim, config.hidden_dim)
 
     def forward(self, hidden: Tensor) -> Tensor:
         result: Tensor = self.down(F.gelu(self.up(hidden)))
@@ -193,9 +168,12 @@ class EncoderLayer(nn.Module):
 
     def forward(self, hidden: Tensor, groups: PatientGroups, asking: Tensor | None = None) -> Tensor:
         """`hidden` [tokens, hidden_dim]; with `asking` (int64 indices) the result is that of these tokens alone."""
-        attended = self.attention(self.attention_norm(hidden), groups, asking)
-        hidden = (hidden if asking is None else hidden[asking]) + self.dropout(attended)
-        hidden = hidden + self.dropout(self.feedforward(self.feedforward_norm(hidden)))
+        attended = self.attention(lowered(self.attention_norm(hidden)), groups, asking)
+        hidden = hidden if asking is None else hidden[asking]
+        # the sum of all layers stays in its precision; torch adds the like much faster than the unlike
+        hidden = hidden + self.dropout(attended).to(hidden.dtype)
+        forwarded = self.feedforward(lowered(self.feedforward_norm(hidden)))
+        hidden = hidden + self.dropout(forwarded).to(hidden.dtype)
         return hidden
 
 
@@ -319,9 +297,9 @@ class MaskedLMHead(nn.Module):
 
     def __init__(self, config: BEHRTConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_dim, config.hidden_dim)
+        self.dense = Linear(config.hidden_dim, config.hidden_dim)
         self.norm = nn.LayerNorm(config.hidden_dim)
-        self.decoder = nn.Linear(config.hidden_dim, config.vocab_size)
+        self.decoder = Linear(config.hidden_dim, config.vocab_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.decoder(self.norm(F.gelu(self.dense(hidden))))

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from behrt.config import BEHRTConfig, UserError
+from behrt.layers import Dropout
 from behrt.lora import sha256_of
-from behrt.model import BEHRT, BEHRTForMaskedLM, Dropout, age_bins
+from behrt.model import BEHRT, BEHRTForMaskedLM, age_bins
 
 TINY = BEHRTConfig(
     vocab_size=50, embedding_dim=12, hidden_dim=16, num_layers=2, num_heads=4, feedforward_dim=32, max_position=12

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from behrt.lora import Adapter
-from behrt.model import Dropout
+from behrt.layers import Dropout
 
 TEMPORARIES = 2
 """Tensors as large as the largest kept one that backward needs at once: the gradients of a layer's output and input."""
