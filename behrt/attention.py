@@ -22,6 +22,10 @@ LONGEST_EXPLICIT = 256
 """Tokens up to which attention on the CPU is plain matrix products that keep their weights for the backward pass: for
 short histories four times as fast as the fused kernel, whose memory does not grow with the square of the length."""
 
+NARROWEST_LOWERED = 64
+"""Width of a head from which the products of attention are computed in a lower precision; below, compiling kernels for
+shapes that change with every step costs more than it saves."""
+
 
 class Block(NamedTuple):
     """One group of patients, each padded to `width` tokens."""
@@ -73,7 +77,7 @@ class Side:
             bias = torch.full((padded_rows,), -math.inf)
             bias[self.places] = 0
             self.filled = (bias == 0).to(device)
-            parts = bias.to(device).split([block.rows for block in self.blocks])
+            parts = bias.to(device).split([block.rows for block in self.blocks])  # type: ignore[no-untyped-call]
             self.biases = [
                 part.view(block.patients, heads, 1, block.width)
                 for part, block in zip(parts, self.blocks, strict=True)
@@ -87,7 +91,7 @@ class Side:
         """
         head_dim = x.shape[1] // self.heads
         padded: Tensor = _Pad.apply(x.reshape(-1, head_dim), self)  # type: ignore[no-untyped-call]
-        parts = padded.split([block.rows for block in self.blocks])
+        parts = padded.split([block.rows for block in self.blocks])  # type: ignore[no-untyped-call]
         return [part.view(*block, head_dim) for part, block in zip(parts, self.blocks, strict=True)]
 
     def unpad(self, groups: list[Tensor]) -> Tensor:
@@ -186,8 +190,17 @@ def _attend_in_group(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | N
     if query.device.type != "cpu" or key.shape[2] > LONGEST_EXPLICIT:
         mask = None if bias is None else bias.to(query.dtype)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    with torch.autocast("cpu", enabled=False):  # what is computed in which precision is decided here
+        return _attend_explicitly(query, key, value, bias)
+
+
+def _attend_explicitly(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    dtype = query.dtype
+    if dtype.itemsize < 4 and query.shape[-1] < NARROWEST_LOWERED:
+        query, key, value = query.float(), key.float(), value.float()
     scale = 1 / math.sqrt(query.shape[-1])
     scores = query @ key.transpose(-1, -2)  # [patients, heads, asking, width]
     scores = scores * scale if bias is None else torch.add(bias, scores, alpha=scale)
+    exact = torch.promote_types(scores.dtype, torch.float32)
     # No dropout on the weights: the residual branch has its own.
-    return scores.softmax(-1).to(value.dtype) @ value
+    return (scores.softmax(-1, dtype=exact).to(value.dtype) @ value).to(dtype)

@@ -30,8 +30,8 @@ def choose_device(asked: Device) -> torch.device:
 def choose_precision(asked: Precision, device: torch.device) -> torch.dtype:
     """The dtype of matrix products; weights, sums and the optimizer stay in float32 either way.
 
-    `auto` is bf16 where the hardware multiplies it faster than float32: CUDA cards that support it and CPUs with AMX
-    tiles. A CPU without them emulates bf16 and is slower for it; MPS stays on float32.
+    `auto` is bf16 where the hardware multiplies it faster than float32: CUDA cards that support it, and CPUs with AMX
+    tiles or the bf16 products of AVX-512. Other CPUs emulate bf16 and are slower for it; MPS stays on float32.
 
     Raises:
         UserError: bf16 was asked for on MPS.
@@ -46,7 +46,7 @@ def choose_precision(asked: Precision, device: torch.device) -> torch.dtype:
         return torch.bfloat16
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
+    if device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
         return torch.bfloat16
     return torch.float32
 

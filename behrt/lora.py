@@ -6,7 +6,8 @@ adapter changes nothing.
 
 On disk an adapter has the layout of Hugging Face PEFT, `adapter_config.json` beside `adapter_model.safetensors`.
 Modules that are trained whole (embeddings, head, norms) are stored there too, as PEFT's `modules_to_save`; what is
-frozen is not. PEFT's `PeftModel.from_pretrained` on the plain model gives the same outputs.
+frozen is not. PEFT's `PeftModel.from_pretrained` on the plain model gives the same outputs, but for
+rounding.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from behrt.cheap_layers import drop
 from behrt.config import UserError, nearest, refuse_what_is_no_file
 from behrt.files import replacing_file, write_text
-from behrt.layers import drop
 from behrt.model import BEHRT, uniform_
 
 LAYERS_OF_TARGET: dict[str, tuple[str, ...]] = {

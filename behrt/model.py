@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from behrt.attention import PatientGroups, attend
+from behrt.cheap_layers import Dropout, Linear, lowered, missing_to_recur
 from behrt.config import BEHRTConfig, UserError
-from behrt.layers import Dropout, Linear, lowered
 
 YEARS_PER_AGE_BIN = 5
 TABLE_STD = 0.02
@@ -45,7 +45,7 @@ def positions_within(segments: Tensor) -> Tensor:
     return torch.where(segments < 0, 0, index - starts.cummax(dim=1).values)
 
 
-def real_tokens(codes: Tensor, segments: Tensor | None) -> tuple[Tensor | None, Tensor]:
+def real_tokens(codes: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
     """Which tokens are no padding, and how many each patient has.
 
     Args:
@@ -53,19 +53,19 @@ def real_tokens(codes: Tensor, segments: Tensor | None) -> tuple[Tensor | None, 
         segments: int [rows, length]; the patient of the row that a token belongs to, -1 on padding.
 
     Returns:
-        Indices into the flattened rows, int64 [tokens], None where nothing is padding; and int64 [patients] on the CPU.
+        Indices into the flattened rows, int64 [tokens]; and int64 [patients] on the CPU.
 
     >>> real_tokens(torch.zeros(2, 4), torch.tensor([[0, 0, 1, -1], [0, -1, -1, -1]]))
     (tensor([0, 1, 2, 4]), tensor([2, 1, 1]))
     """
     rows, length = codes.shape
     if segments is None:
-        return None, torch.full((rows,), length)
+        return torch.arange(codes.numel(), device=codes.device), torch.full((rows,), length)
     row = torch.arange(rows, device=segments.device)[:, None]
     patient = (segments + row * (segments.max() + 1)).flatten()
     tokens = (segments.flatten() >= 0).nonzero().squeeze(1)
     _, counts = torch.unique_consecutive(patient[tokens], return_counts=True)
-    return (None if len(tokens) == codes.numel() else tokens), counts.cpu()
+    return tokens, counts.cpu()
 
 
 def uniform_(tensor: Tensor, bound: float, generator: torch.Generator | None) -> None:
@@ -263,17 +263,19 @@ class BEHRT(nn.Module):
         if positions is None:
             positions = self._positions(codes, segments)
         tokens, counts = real_tokens(codes, segments)
-        flat = (x.flatten() if tokens is None else x.flatten()[tokens] for x in (codes, ages, visits, positions))
-        embedded = self.embeddings(*flat)  # [tokens, hidden_dim]
+        number = len(tokens)
+        if filling := missing_to_recur(number, 64, codes.device):  # one more patient, whom nobody reads
+            counts = torch.cat([counts, torch.tensor([filling])])
+            tokens = torch.cat([tokens, tokens.new_zeros(filling)])
+        embedded = self.embeddings(*(x.flatten()[tokens] for x in (codes, ages, visits, positions)))
         groups = PatientGroups.of(counts, heads=self.config.num_heads, device=embedded.device)
         if scored is not None:
-            chosen = scored.flatten() if tokens is None else scored.flatten()[tokens]
-            wanted: Tensor = self.encoder(embedded, groups, chosen.nonzero().squeeze(1))
-            return wanted  # [scored, hidden_dim]
-        hidden: Tensor = self.encoder(embedded, groups)
-        if tokens is not None:
-            padded = hidden.new_zeros(codes.numel(), hidden.shape[1])
-            hidden = padded.index_copy(0, tokens, hidden)
+            wanted = scored.flatten()[tokens[:number]].nonzero().squeeze(1)
+            result: Tensor = self.encoder(embedded, groups, wanted)
+            return result  # [scored, hidden_dim]
+        hidden: Tensor = self.encoder(embedded, groups)[:number]  # [tokens, hidden_dim]
+        if number < codes.numel():
+            hidden = hidden.new_zeros(codes.numel(), hidden.shape[1]).index_copy(0, tokens[:number], hidden)
         return hidden.view(*codes.shape, -1)
 
     def _positions(self, codes: Tensor, segments: Tensor | None) -> Tensor:
@@ -345,5 +347,9 @@ class BEHRTForMaskedLM(nn.Module):
         The other arguments, and what is raised, are those of `BEHRT.forward`.
         """
         hidden = self.behrt(codes, ages, visits, attention_mask, segments, positions=positions, scored=scored)
-        logits: Tensor = self.head(hidden)
-        return logits
+        if scored is None:
+            logits: Tensor = self.head(hidden)
+            return logits
+        filling = missing_to_recur(len(hidden), 16, hidden.device)
+        logits = self.head(F.pad(hidden, (0, 0, 0, filling)))
+        return logits[: len(hidden)]

@@ -55,7 +55,7 @@ SECONDS_BETWEEN_PLOTS = 30.0
 
 
 def masked_lm_loss(model: nn.Module, batch: PackedBatch) -> LossSums:
-    """Summed cross-entropy and hits over the scored tokens; the head is computed at these alone."""
+    """Summed cross-entropy over the scored tokens, and in evaluation hits; the head is computed at these alone."""
     logits = model(
         batch.codes,
         batch.ages,
@@ -63,10 +63,11 @@ def masked_lm_loss(model: nn.Module, batch: PackedBatch) -> LossSums:
         segments=batch.segments,
         positions=batch.positions,
         scored=batch.scored,
-    )  # [scored, vocab]
+    ).float()  # [scored, vocab]
     labels = batch.labels[batch.scored]
     return LossSums(
-        loss=F.cross_entropy(logits.float(), labels, reduction="sum"), correct=(logits.argmax(dim=-1) == labels).sum()
+        loss=F.cross_entropy(logits, labels, reduction="sum"),
+        correct=None if model.training else (logits.argmax(dim=-1) == labels).sum(),
     )
 
 

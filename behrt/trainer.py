@@ -56,11 +56,12 @@ class LossSums(NamedTuple):
 
     Attributes:
         loss: float32 scalar, the *sum* of the losses over the scored items; carries the gradient.
-        correct: int64 scalar, how many scored items the model's first choice gets right.
+        correct: int64 scalar, how many scored items the model's first choice gets right; None in training, where
+            nobody asks, and finding out would take a tenth of a small model's step.
     """
 
     loss: torch.Tensor
-    correct: torch.Tensor
+    correct: torch.Tensor | None
 
 
 class Evaluation(NamedTuple):
@@ -287,32 +288,34 @@ class Trainer(Generic[B]):
         """Loss and accuracy in evaluation mode; the model is left in the mode it was in."""
         was_training = self.model.training
         self.model.eval()
-        loss, correct = (torch.zeros((), dtype=torch.float64) for _ in range(2))
-        scored = 0
+        loss = torch.zeros((), dtype=torch.float64)
+        correct = scored = 0
         try:
             for batch in batches:
                 self._pause()
-                sums = self._evaluate_batch(batch)
-                loss += sums.loss
-                correct += sums.correct
+                batch_loss, batch_correct = self._evaluate_batch(batch)
+                loss += batch_loss
+                correct += batch_correct
                 scored += batch.num_scored
         finally:
             self.model.train(was_training)
         assert scored, "an evaluation set scores nothing"
-        return Evaluation(loss=loss.item() / scored, accuracy=correct.item() / scored)
+        return Evaluation(loss=loss.item() / scored, accuracy=correct / scored)
 
-    def _evaluate_batch(self, batch: B) -> LossSums:
-        """The sums of one batch, on the CPU; in halves where it is too much for the device."""
+    def _evaluate_batch(self, batch: B) -> tuple[torch.Tensor, int]:
+        """Summed loss (on the CPU) and hits of one batch; in halves where it is too much for the device."""
         outcome, whole = Outcome(), []
         with self._memory_guarded(outcome), torch.inference_mode(), self._autocast():
             whole.append(self._loss(self.model, batch.to(self._device)))
         if outcome.error is None:
-            return LossSums(whole[0].loss.cpu(), whole[0].correct.cpu())
+            loss, correct = whole[0]
+            assert correct is not None, "a loss function counts hits in evaluation"
+            return loss.cpu(), int(correct)
         halves = batch.halves()
         if halves is None:
             raise outcome.error
-        first, second = map(self._evaluate_batch, halves)
-        return LossSums(first.loss + second.loss, first.correct + second.correct)
+        (first_loss, first_correct), (second_loss, second_correct) = map(self._evaluate_batch, halves)
+        return first_loss + second_loss, first_correct + second_correct
 
     def _train_epoch(self) -> EpochRecord:
         epoch, started = self._done.epoch, time.perf_counter()

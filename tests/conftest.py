@@ -9,6 +9,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow import MlflowClient
 
 from behrt.cli import main
@@ -29,6 +30,15 @@ def test_data() -> Path:
 def _own_store(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reaches a tracking server that the environment names."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _float32_by_itself() -> Iterator[None]:
+    """Figures are compared in float32, whatever the CPU at hand multiplies fastest; bf16 is tested where it is named."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+            patch.setattr(torch.cpu, name, lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")

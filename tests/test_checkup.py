@@ -10,6 +10,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
+from behrt.attention import PatientGroups, attend
 from behrt.cli import main
 from behrt.config import load_experiment
 from behrt.console import TerminalListener
@@ -85,16 +86,13 @@ def test_runs_are_found_by_their_diagnosis(workspace: Workspace) -> None:
 def test_adapters_that_are_passed_by_are_refused_although_the_counts_are_perfect(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read_the_weight(self: Attention, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def read_the_weight(
+        self: Attention, hidden: torch.Tensor, groups: PatientGroups, asking: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """As nn.MultiheadAttention does: the output projection's weight is read, the layer is never called."""
-        query, key, value = (
-            layer(hidden).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for layer in (self.query, self.key, self.value)
-        )
-        context = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return torch.nn.functional.linear(
-            context.transpose(1, 2).flatten(-2), self.output.base.weight, self.output.base.bias
-        )
+        asks = hidden if asking is None else hidden[asking]
+        context = attend(self.query(asks), self.key(hidden), self.value(hidden), groups)
+        return torch.nn.functional.linear(context, self.output.base.weight, self.output.base.bias)
 
     flags = ["--use-lora", "--lora-rank", "4", "--lora-targets", "output", "--epochs", "1"]
     with chdir(tmp_path):

@@ -21,10 +21,13 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) 
     assert choose_device("cpu").type == "cpu"
 
 
-@pytest.mark.parametrize("amx", [True, False])
-def test_auto_uses_bf16_on_a_cpu_only_where_it_is_fast(monkeypatch: pytest.MonkeyPatch, amx: bool) -> None:
+@pytest.mark.parametrize(("amx", "avx512"), [(True, False), (False, True), (False, False)])
+def test_auto_uses_bf16_on_a_cpu_only_where_it_is_fast(
+    monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool
+) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert choose_precision("auto", torch.device("cpu")) is (torch.bfloat16 if amx else torch.float32)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    assert choose_precision("auto", torch.device("cpu")) is (torch.bfloat16 if amx or avx512 else torch.float32)
 
 
 def test_mps_stays_on_float32() -> None:

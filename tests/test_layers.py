@@ -15,7 +15,7 @@ LAYERS = (
         "population", "cohort", "floor", "metrics",
     ),
     ("sequences", "prepare", "masking", "batches"),
-    ("model", "lora", "parameters"),
+    ("cheap_layers", "attention", "model", "lora", "parameters"),
     ("checkpoints", "history", "tracking", "feeding", "feeder", "runs", "sync"),
     ("trainer", "cooccurrence", "records"),
     (

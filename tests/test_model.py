@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from behrt.config import BEHRTConfig, UserError
-from behrt.layers import Dropout
 from behrt.lora import sha256_of
 from behrt.model import BEHRT, BEHRTForMaskedLM, age_bins
 
@@ -309,22 +308,6 @@ def test_dropout_acts_in_training_mode_only():
     assert torch.equal(model.eval()(**batch), model(**batch))
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_dropout_drops_its_share_at_random_places_and_scales_up_the_rest(share: float):
-    torch.manual_seed(0)
-    x = torch.ones(100_001, requires_grad=True)
-    dropped = Dropout(share).train()(x)
-    kept = dropped.detach() != 0
-    margin = 4 * (share * (1 - share) / 100_000) ** 0.5  # four standard errors
-    assert (~kept).double().mean().item() == pytest.approx(share, abs=margin)
-    torch.testing.assert_close(dropped[kept], torch.full((int(kept.sum()),), 1 / (1 - share)), rtol=1e-3, atol=0)
-    for distance in (1, 2, 3, 4):  # four neighbours share one draw of 64 bits, and must not know of each other
-        both = (~kept[distance:] & ~kept[:-distance]).double().mean().item()
-        assert both == pytest.approx(share**2, abs=2 * margin)
-    dropped.sum().backward()
-    assert torch.equal(x.grad, dropped.detach())
-
-
 def test_bf16_autocast_stays_close_to_float32_and_learns():
     model = BEHRTForMaskedLM(TINY, generator=seeded()).train()
     batch, _ = packed_and_alone((5, 6), padding=3)
@@ -344,29 +327,3 @@ def test_bf16_autocast_stays_close_to_float32_and_learns():
 def test_no_layer_is_torchs_multihead_attention():
     model = BEHRTForMaskedLM(TINY)
     assert not any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
-
-
-def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
-    torch.manual_seed(0)
-    dropout, ones = Dropout(0.3), torch.ones(100_003)  # not a multiple of four: the last draw is used in part
-    result = dropout(ones)
-    dropped = (result == 0).float().mean().item()
-    assert abs(dropped - 0.3) < 5 * (0.3 * 0.7 / 100_003) ** 0.5
-    torch.testing.assert_close(result[result != 0], torch.full_like(result[result != 0], 1 / 0.7), rtol=1e-4, atol=0)
-
-
-def test_neighbouring_elements_are_dropped_independently_of_each_other() -> None:
-    torch.manual_seed(0)
-    dropped = (Dropout(0.5)(torch.ones(200_000)) == 0).double().view(-1, 4)  # a row: what one draw decided
-    correlation = torch.corrcoef(dropped.T) - torch.eye(4, dtype=torch.float64)
-    assert correlation.abs().max() < 5 / len(dropped) ** 0.5
-
-
-def test_dropout_passes_the_gradient_of_what_it_kept_and_is_off_in_evaluation() -> None:
-    torch.manual_seed(0)
-    hidden = torch.randn(50, 7, requires_grad=True)
-    result = Dropout(0.4)(hidden)
-    result.sum().backward()
-    assert hidden.grad is not None
-    assert ((hidden.grad == 0) == (result == 0)).all()
-    assert Dropout(0.4).eval()(hidden) is hidden

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from behrt.attention import PatientGroups
 from behrt.batches import IGNORED, MaskedSequences, PackedBatch, TrainingBatches, cut, gather
 from behrt.config import AdaptationSettings, BEHRTConfig, TrainingSettings
 from behrt.devices import is_out_of_memory
@@ -315,11 +316,12 @@ class GuidesAttention(nn.Module):
         self.output = nn.MultiheadAttention(config.hidden_dim, config.num_heads, batch_first=True)
         self.output.out_proj = self.Wrapped(self.output.out_proj, rank, 2.0 * rank)  # type: ignore[assignment]
         nn.init.normal_(self.output.out_proj.lora.A)
-        self.heads = config.num_heads
 
-    def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        banned = None if mask is None else ~mask[:, 0].repeat_interleave(self.heads, dim=0)
-        return self.output(hidden, hidden, hidden, attn_mask=banned, need_weights=False)[0]
+    def forward(self, hidden: Tensor, groups: PatientGroups, asking: Tensor | None = None) -> Tensor:
+        patients = torch.arange(len(groups.counts)).repeat_interleave(groups.counts)
+        banned = patients[:, None] != patients
+        asking = torch.arange(len(hidden)) if asking is None else asking
+        return self.output(hidden[asking], hidden, hidden, attn_mask=banned[asking], need_weights=False)[0]
 
 
 def test_the_guides_own_adapters_are_silent_though_their_counts_are_perfect() -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from behrt.cheap_layers import Dropout
 from behrt.lora import Adapter
-from behrt.layers import Dropout
 
 TEMPORARIES = 2
 """Tensors as large as the largest kept one that backward needs at once: the gradients of a layer's output and input."""

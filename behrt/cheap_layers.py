@@ -23,6 +23,15 @@ def lowered(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
+def missing_to_recur(count: int, multiple: int, device: torch.device) -> int:
+    """How many rows to add to `count`, so that the shapes of matrix products recur from step to step.
+
+    In lower precision on the CPU, oneDNN compiles a kernel for every shape that it has not met, which takes as long as
+    a small product itself. Elsewhere none.
+    """
+    return -count % multiple if device.type == "cpu" and torch.is_autocast_enabled("cpu") else 0
+
+
 class Linear(nn.Linear):
     """A linear layer that under autocast casts a frozen weight once, and not at every call."""
 

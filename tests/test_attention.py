@@ -1,0 +1,106 @@
+"""Does each patient attend to itself alone, as by torch's own attention, one patient at a time?"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from behrt import attention
+from behrt.attention import SHORTEST_OF_GROUP, PatientGroups, attend
+
+CPU = torch.device("cpu")
+LENGTHS = {
+    "uneven": [3, 50, 1, 17, 48, 9, 16, 1, 30],
+    "equal": [6, 6, 6],
+    "one patient": [5],
+    "one token": [1],
+}
+
+
+def one_at_a_time(query, key, value, counts, asking, heads):
+    """The context of the tokens that ask, each patient by itself."""
+    contexts = []
+    start = 0
+    for count in counts.tolist():
+        own = asking[(asking >= start) & (asking < start + count)]
+        q, k, v = (
+            x.unflatten(1, (heads, -1)).transpose(0, 1)
+            for x in (query[own], key[start : start + count], value[start : start + count])
+        )
+        if len(own):
+            contexts.append(F.scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1))
+        start += count
+    return torch.cat(contexts)
+
+
+def random_case(lengths: list[int], asking_share: float, heads: int = 2, head_dim: int = 4):
+    torch.manual_seed(len(lengths))
+    counts = torch.tensor(lengths)
+    tokens = int(counts.sum())
+    query, key, value = (
+        torch.randn(tokens, heads * head_dim, dtype=torch.float64, requires_grad=True) for _ in range(3)
+    )
+    asking = (torch.rand(tokens) < asking_share).nonzero().squeeze(1)
+    return query, key, value, counts, asking
+
+
+@pytest.mark.parametrize("longest_explicit", [256, 0], ids=["plain products", "torch's kernel"])
+@pytest.mark.parametrize("asking_share", [1.0, 0.2, 0.0], ids=["all ask", "some ask", "nobody asks"])
+@pytest.mark.parametrize("name", LENGTHS)
+def test_context_and_gradients_are_those_of_one_patient_at_a_time(
+    name: str, asking_share: float, longest_explicit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "LONGEST_EXPLICIT", longest_explicit)
+    query, key, value, counts, asking = random_case(LENGTHS[name], asking_share)
+    groups = PatientGroups.of(counts, heads=2, device=CPU)
+    if asking_share < 1:
+        groups = groups.asking(asking)
+    found = attend(query[asking], key, value, groups)
+    assert found.shape == (len(asking), 8)
+    if not len(asking):
+        found.sum().backward()
+        return
+    expected = one_at_a_time(query, key, value, counts, asking, heads=2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    direction = torch.randn(found.shape, dtype=torch.float64)
+    gradients = [torch.autograd.grad((context * direction).sum(), (query, key, value)) for context in (found, expected)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_a_token_that_is_no_number_reaches_no_patient_of_another_group() -> None:
+    query, key, value, counts, _ = random_case([40, 5], 1.0)
+    with torch.no_grad():
+        key[41] = torch.nan
+    context = attend(query, key, value, PatientGroups.of(counts, heads=2, device=CPU))
+    assert context[:40].isfinite().all()
+    assert context[40:].isnan().any()
+
+
+def test_a_group_holds_patients_of_similar_length_and_every_patient_once() -> None:
+    counts = torch.randint(1, 200, (300,), generator=torch.Generator().manual_seed(0))
+    groups = PatientGroups.of(counts, heads=1, device=CPU)
+    assert sorted(groups.order.tolist()) == list(range(300))
+    assert [first for first, _ in groups.bounds] == [0, *(stop for _, stop in groups.bounds[:-1])]
+    for (first, stop), block in zip(groups.bounds, groups.keys.blocks, strict=True):
+        lengths = counts[groups.order[first:stop]]
+        assert lengths.max() == block.width
+        assert lengths.min() >= SHORTEST_OF_GROUP * block.width
+        assert block.patients == stop - first
+
+
+def test_padding_is_a_small_share_where_lengths_are_uneven() -> None:
+    counts = torch.randint(5, 200, (64,), generator=torch.Generator().manual_seed(0))
+    groups = PatientGroups.of(counts, heads=1, device=CPU)
+    assert sum(block.rows for block in groups.keys.blocks) < 1.25 * counts.sum()
+    assert 64 * counts.max() > 1.8 * counts.sum()  # negative control: one group of all
+
+
+@pytest.mark.parametrize("head_dim", [32, 64])
+def test_in_bf16_the_context_stays_close_to_float32(head_dim: int) -> None:
+    query, key, value, counts, _ = random_case(LENGTHS["uneven"], 1.0, head_dim=head_dim)
+    groups = PatientGroups.of(counts, heads=2, device=CPU)
+    exact = attend(query, key, value, groups)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend(query.bfloat16(), key.bfloat16(), value.bfloat16(), groups)
+    assert found.dtype is torch.bfloat16
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=0.05)
