@@ -1,7 +1,7 @@
 """Do `behrt` and the guide's recipe do the same work: same tokens, same scored tokens, same losses?
 
-Both start from the same weights, in fp32 and without dropout, and are trained by the same loop and optimizer on the same
-patients, windows and masks. What differs is what is timed: rows that are packed, and a head at scored tokens alone.
+Both start from the same weights, in fp32 and without dropout, and are trained by the same loop and optimizer on the
+same patients, windows and masks. What differs is what is timed: packed rows, and a head at scored tokens alone.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """How fast does `behrt` train, beside what a user would pick instead?
 
 `throughput` times `behrt`, Hugging Face with PEFT, and the guide's recipe in turns of one process; `memory` trains each
-in a process of its own; `equal` checks that the work is the same; `quality` measures the seconds until 90% of what can be
-learned is learned; `flat` trains on more and more patients; `report` writes the measured part of
-`docs/performance.md` and its figures. Results are kept in `results.json` beside this file, and every measurement is a run
-in MLflow (experiment `throughput`). `make bench` does all but `quality`, `make bench-quality` that one.
+in a process of its own; `equal` checks that the work is the same; `quality` measures the seconds until 90% of what can
+be learned is learned; `flat` trains on more and more patients; `report` writes the measured part of
+`docs/performance.md` and its figures. Results are kept in `results.json` beside this file, and every measurement is a
+run in MLflow (experiment `throughput`). `make bench` does all but `quality`, `make bench-quality` that one.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def records_for(settings: ExperimentSettings) -> Any:
 
 
 def data_options(function: Callable[..., None]) -> Callable[..., None]:
-    """`--data`, `--synpuf` and `--batch-size`; the command gets `sets`, the flags of each set of records by its name."""
+    """`--data`, `--synpuf` and `--batch-size`. The command gets `sets`: flags of each set of records, by name."""
 
     @click.option("--data", type=click.Path(path_type=Path, exists=True), help="Prepared records of synpuf-meds.")
     @click.option("--synpuf", type=click.Path(path_type=Path, exists=True), help="synpuf-meds, to be prepared first.")
@@ -371,10 +371,13 @@ def train_on(records: Path, *, epochs: int) -> dict[str, float]:
         with (Path(folder) / "log").open("w") as log:
             process = subprocess.Popen(words, cwd=folder, env=environment(), stdout=log, stderr=log)
             peak = anonymous = 0.0
-            while process.poll() is None:
-                peak = max(peak, memory_mib("VmHWM", process.pid))
-                anonymous = max(anonymous, memory_mib("RssAnon", process.pid))
-                time.sleep(0.05)
+            try:
+                while process.poll() is None:
+                    peak = max(peak, memory_mib("VmHWM", process.pid))
+                    anonymous = max(anonymous, memory_mib("RssAnon", process.pid))
+                    time.sleep(0.05)
+            finally:
+                process.kill()  # where this command is stopped, so is the training
         if process.returncode:
             raise click.ClickException(f"behrt train ended with exit code {process.returncode}")
         rates = [point["value"] for point in read_history(Path(folder) / "run")["tokens_per_second"]]

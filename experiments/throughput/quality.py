@@ -149,6 +149,7 @@ def time_to_quality(
         "share": share,
         "cap": cap,
         "epochs": settings.training.epochs,
+        "batch_size": settings.training.batch_size,
         "unigram_loss": unigram_loss,
         "floor_loss": floor_loss,
         "runs": rows,
