@@ -48,7 +48,7 @@ def load_results() -> dict[str, Any]:
 
 
 def save_results(**found: Any) -> None:
-    write_json(RESULTS, {**load_results(), **found, "machine": machine()})
+    write_json(RESULTS, {**load_results(), **found})
 
 
 def add_row(table: str, row: dict[str, Any], keys: tuple[str, ...]) -> None:
@@ -166,6 +166,7 @@ def throughput(
         turns = max(1, steps // 10) if size == "large" else steps
         row = {"data": data, "size": size, "adaptation": adaptation, **compare(settings, rounds, turns, warmup)}
         add_row("throughput", row, ("data", "size", "adaptation"))
+        save_results(machine=machine())
         for name, found in row["contenders"].items():
             rates = [tokens / seconds for tokens, seconds in zip(row["tokens"], found["seconds"], strict=True)]
             params = {

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 BEGIN, END = "<!-- experiments/throughput/measure.py report: begin -->", "<!-- end -->"
-PEERS = {"hf": "Hugging Face + PEFT", "guide": "the guide's recipe"}
+PEERS = {"hf": "Hugging Face", "guide": "the guide's recipe"}
+SIZES = ("small", "large")
 TRAINED = {"lora": "LoRA", "full": "everything"}
 AIMS = {("small", "hf"): 5, ("large", "hf"): 7, ("large", "guide"): 20}
 """Times as many tokens per second as the peer, by size and peer: what was aimed at."""
@@ -57,13 +58,14 @@ def introduction(machine: dict[str, Any]) -> str:
     tiles = "with" if machine["amx"] else "without"
     return f"""`make bench` measures this, `make bench-quality` the time to quality; the numbers are in
 `experiments/throughput/results.json` and in MLflow (experiment `throughput`). Here: {machine["cpu"]} {tiles} AMX tiles,
-{machine["threads"]} threads, torch {machine["torch"]}, transformers {machine["transformers"]}, PEFT {machine["peft"]}.
+{machine["threads"]} thread{"s" * (machine["threads"] != 1)}, torch {machine["torch"]}, \
+transformers {machine["transformers"]}, PEFT {machine["peft"]}.
 Absolute times depend on the machine, and on what else it does: read the ratios.
 
 - **`behrt`** is timed through its own trainer, in the precision that `--precision auto` chooses.
-- **Hugging Face + PEFT** is `BertForMaskedLM` of the same size with SDPA and its customary dropout of 0.1, batches
-  padded to their longest sequence; LoRA of rank 16 on query, key, value and output with trained embeddings and head,
-  or everything trained. It is timed with and without bf16 autocast, and the faster one counts. Its embeddings know
+- **Hugging Face** is `BertForMaskedLM` of the same size with SDPA and its customary dropout of 0.1, batches padded to
+  their longest sequence; PEFT's LoRA of rank 16 on query, key, value and output with trained embeddings and head, or
+  everything trained. It is timed with and without bf16 autocast, and the faster one counts. Its embeddings know
   neither ages nor visits, which is less work.
 - **The guide's recipe** is `nn.TransformerEncoder` over the four embeddings, padded to the full length, in fp32, with
   logits at every position; its LoRA sits around `out_proj`, where it does not act and costs nothing.
@@ -99,7 +101,7 @@ def ratios(row: dict[str, Any], peer: str) -> list[float]:
 
 
 def in_order(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(rows, key=lambda row: (row["size"], row["adaptation"], row["data"]))
+    return sorted(rows, key=lambda row: (SIZES.index(row["size"]), row["adaptation"], row["data"]))
 
 
 def throughput_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -137,8 +139,8 @@ def share_table(rows: Sequence[dict[str, Any]]) -> str:
     """Shares of the matrix rate and of waiting for input."""
     lines = [
         "Model FLOPs (6 a weight and token where it is trained, 4 where it is frozen, attention inside each patient,",
-        "the head at scored tokens; `flops.py`) over the machine's own rate in bf16 products of large matrices, measured",
-        "in the same rounds; and the share of a step that passes before its forward begins, which is the input.",
+        "the head at scored tokens; `flops.py`) over the machine's own rate in bf16 products of large matrices,",
+        "measured in the same rounds; and the share of a step that passes before its forward begins: the input.",
         "",
         "| model | trained | records | rate in bf16, fp32 (TFLOP/s) | share of the bf16 rate: `behrt` | Hugging Face "
         "| guide | input: `behrt` | Hugging Face | guide |",
@@ -205,8 +207,8 @@ def quality_table(found: dict[str, Any]) -> str:
         f"Seconds of training until {found['share']:.0%} of the gap between unigram ({found['unigram_loss']:.3f}) and",
         f"floor ({found['floor_loss']:.3f}) is closed: 5,000 simulated patients, small, {TRAINED[found['adaptation']]} "
         f"trained,",
-        f"{found['batch_size']} patients a step, at most {found['epochs']} epochs and {found['cap']:.0f} s each. All are",
-        "evaluated after every epoch on the same validation set, and that is not on the clock.",
+        f"{found['batch_size']} patients a step, at most {found['epochs']} epochs and {found['cap']:.0f} s each.",
+        "All are evaluated after every epoch on the same validation set, and that is not on the clock.",
         "",
         "| | learning rate | precision | seconds | closed | times as long as `behrt` |",
         "|---|---|---|---|---|---|",
@@ -288,7 +290,7 @@ def draw_throughput(rows: Sequence[dict[str, Any]], path: Path) -> None:
     with saved_figure(path, width=5.2 * len(records), height=4.4) as figure:
         grid = figure.subplots(1, len(records), sharey=True, squeeze=False)[0]
         for axes, name in zip(grid, records, strict=True):
-            sns.barplot(
+            sns.pointplot(
                 frame[frame["records"] == name],
                 x="model",
                 y="rate",
@@ -296,10 +298,15 @@ def draw_throughput(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 hue_order=list(names.values()),
                 estimator="median",
                 errorbar=("pi", 100),
+                linestyle="none",
+                dodge=0.3,
                 ax=axes,
             )
-            axes.set(title=name, xlabel="", ylabel="real tokens per second", yscale="log")
+            axes.set(title=name, xlabel="", ylabel="real tokens per second")
             axes.tick_params(axis="x", labelsize=8)
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:,.0f}")
+            axes.grid(visible=True, which="minor", axis="y", alpha=0.4)
             axes.get_legend().remove()
         handles, labels = grid[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(names), frameon=False)
@@ -319,14 +326,13 @@ def draw_quality(found: dict[str, Any], path: Path) -> None:
             name = {"behrt": "behrt", **PEERS}[peer]
             seconds, closed = zip(*run["curve"], strict=True)
             axes.plot(
-                (0, *seconds),
-                (0, *closed),
+                seconds,
+                closed,
                 color=colours[peer],
                 linestyle=styles[peer].pop(0),
                 marker="." if len(seconds) < 4 else None,
                 label=f"{name}, {run['lr']:g} {run['schedule']}",
             )
         axes.axhline(found["share"], color="0.4", linewidth=1, label=f"{found['share']:.0%} of the gap")
-        lowest = min(closed for run in found["runs"] for _, closed in run["curve"])
-        axes.set(xlabel="seconds of training", ylabel="closed share of the gap", ylim=(max(lowest, -0.25), 1))
+        axes.set(xlabel="seconds of training", ylabel="closed share of the gap", xlim=(0, None), ylim=(-0.3, 1))
         axes.legend(title=None, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

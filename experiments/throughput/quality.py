@@ -7,7 +7,7 @@ clock. A contender leaves when it has closed the share that is asked for, or has
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -65,6 +65,10 @@ class Course:
         closed = (unigram_loss - val_loss) / (unigram_loss - floor_loss)
         self.curve.append((round(self.seconds, 2), round(closed, 5)))
         return closed
+
+    def reached(self, share: float) -> float | None:
+        """Seconds until so much was closed; None where it never was."""
+        return next((seconds for seconds, closed in self.curve if closed >= share), None)
 
 
 def faster_precision(settings: ExperimentSettings, records: Records, device: torch.device) -> str:
@@ -133,18 +137,7 @@ def time_to_quality(
     for recipe in RECIPES:
         of_kind = precision if recipe.kind == "hf" else "fp32"
         courses.append(peer_course(recipe, settings, records, device, precision=of_kind))
-    running, rows = list(courses), []
-    while running:
-        for course in list(running):
-            closed = course.advance(unigram_loss, floor_loss)
-            over = course.seconds >= cap or len(course.curve) >= settings.training.epochs
-            if closed >= share or over:
-                running.remove(course)
-                reached = f"{closed:.1%} closed after {course.seconds:.1f} s"
-                click.echo(f"{course.name} at {course.about['lr']:g}: {reached}", err=True)
-    for course in courses:
-        reached = next((seconds for seconds, closed in course.curve if closed >= share), None)
-        rows.append({"contender": course.name, **course.about, "seconds": reached, "curve": course.curve})
+    follow(courses, unigram_loss, floor_loss, share=share, cap=cap, epochs=settings.training.epochs)
     return {
         "share": share,
         "cap": cap,
@@ -152,5 +145,21 @@ def time_to_quality(
         "batch_size": settings.training.batch_size,
         "unigram_loss": unigram_loss,
         "floor_loss": floor_loss,
-        "runs": rows,
+        "runs": [
+            {"contender": course.name, **course.about, "seconds": course.reached(share), "curve": course.curve}
+            for course in courses
+        ],
     }
+
+
+def follow(
+    courses: Sequence[Course], unigram_loss: float, floor_loss: float, *, share: float, cap: float, epochs: int
+) -> None:
+    """An epoch each in turn, until each has closed its share or used up its seconds or epochs."""
+    running = list(courses)
+    while running:
+        for course in list(running):
+            closed = course.advance(unigram_loss, floor_loss)
+            if closed >= share or course.seconds >= cap or len(course.curve) >= epochs:
+                running.remove(course)
+                click.echo(f"{course.name}, {course.about}: {closed:.1%} after {course.seconds:.1f} s", err=True)
