@@ -15,8 +15,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Mapping
 from functools import wraps
 from itertools import product
@@ -30,6 +28,9 @@ from behrt.files import write_json
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
+
+from footprint import environment, memory_mib, train_on  # noqa: E402 - in this folder
+
 ROOT = HERE.parents[1]
 RESULTS = HERE / "results.json"
 
@@ -146,10 +147,11 @@ def cli() -> None:
 @click.option(
     "--steps", default=20, show_default=True, help="Steps a turn of a small model; a large one takes a tenth."
 )
-@click.option("--warmup", default=3, show_default=True, help="Steps of each contender before the first round.")
+@click.option("--warmup", default=3, show_default=True, help="Steps before the first round, and at least a turn.")
 @click.option("--size", "sizes", multiple=True, type=click.Choice(SIZES), default=SIZES, show_default=True)
 @click.option("--adaptation", "adaptations", multiple=True, type=click.Choice(list(ADAPTATIONS)), default=ADAPTATIONS)
 @click.option("--own-precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto", show_default=True)
+@click.option("--max-position", default="auto", show_default=True, help="Longest sequence, as of `behrt train`.")
 def throughput(
     sets: dict[str, dict[str, Any]],
     device: str,
@@ -159,13 +161,16 @@ def throughput(
     sizes: tuple[str, ...],
     adaptations: tuple[str, ...],
     own_precision: str,
+    max_position: str,
 ) -> None:
     """Real tokens per second of every contender, in turns."""
     for (data, flags), size, adaptation in product(sets.items(), sizes, adaptations):
-        settings = settings_for(flags, size=size, adaptation=adaptation, precision=own_precision, device=device)
+        others = {"device": device, "precision": own_precision, "max_position": max_position}
+        settings = settings_for(flags, size=size, adaptation=adaptation, **others)
         turns = max(1, steps // 10) if size == "large" else steps
-        row = {"data": data, "size": size, "adaptation": adaptation, **compare(settings, rounds, turns, warmup)}
-        add_row("throughput", row, ("data", "size", "adaptation"))
+        compared = compare(settings, rounds, turns, max(warmup, turns))
+        row = {"data": data, "size": size, "adaptation": adaptation, **compared}
+        add_row("throughput", row, ("data", "size", "adaptation", "device", "max_position"))
         save_results(machine=machine())
         for name, found in row["contenders"].items():
             rates = [tokens / seconds for tokens, seconds in zip(row["tokens"], found["seconds"], strict=True)]
@@ -232,18 +237,16 @@ def compare(settings: ExperimentSettings, rounds: int, steps: int, warmup: int) 
 @device_option
 @click.option("--steps", default=5, show_default=True, help="That each contender trains.")
 def memory(sets: dict[str, dict[str, Any]], device: str, steps: int) -> None:
-    """Peak memory of every contender, each in a process of its own, on the longest records that are there."""
+    """Peak memory of every contender, each in a process of its own, on synpuf-meds where that is given."""
     from contenders import NAMES
 
     data, flags = list(sets.items())[-1]
     for size, adaptation, name in product(SIZES, ADAPTATIONS, NAMES):
         words = [name, json.dumps(flags), size, adaptation, device, str(steps)]
-        done = subprocess.run(
-            [sys.executable, str(Path(__file__).resolve()), "one", *words],
-            check=True,
-            capture_output=True,
-            env=environment(),
-        )
+        command = [sys.executable, "-W", "ignore", str(Path(__file__).resolve()), "one", *words]
+        done = subprocess.run(command, capture_output=True, env=environment(), text=True, check=False)
+        if done.returncode:
+            raise click.ClickException(f"{name}: {done.stderr}")
         row = {"data": data, "size": size, "adaptation": adaptation, "contender": name, **json.loads(done.stdout)}
         add_row("memory", row, ("data", "size", "adaptation", "contender"))
         named = {key: row[key] for key in ("data", "size", "adaptation", "contender")}
@@ -268,24 +271,6 @@ def one(words: tuple[str, ...]) -> None:
     else:
         peak = memory_mib("VmHWM", os.getpid())
     click.echo(json.dumps({"peak_mib": round(peak, 1), "of_training_mib": round(peak - before, 1)}))
-
-
-def memory_mib(field: str, process: int) -> float:
-    """A figure of a process from `/proc` (Linux): `VmHWM` is the most that was resident, `RssAnon` what is now, files
-    that are mapped left out. 0 where the process is gone.
-
-    `ru_maxrss` would not do: a child begins with its parent's.
-    """
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0.0
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:")), 0.0)
-
-
-def environment() -> dict[str, str]:
-    """This checkout, whatever is installed."""
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 # The same work
@@ -317,14 +302,19 @@ def equal(steps: int) -> None:
 )
 @click.option("--share", default=0.9, show_default=True, help="Of the gap, to be closed.")
 @click.option("--adaptation", type=click.Choice(list(ADAPTATIONS)), default="full", show_default=True)
-def quality(device: str, cap: float, share: float, adaptation: str) -> None:
+@click.option("--only", type=click.Choice(["behrt", "hf", "guide"]), help="A try with one of them, which is not kept.")
+def quality(device: str, cap: float, share: float, adaptation: str, only: str | None) -> None:
     """Seconds until most of the gap between unigram and floor is closed, on 5,000 simulated patients."""
     import torch
     from quality import time_to_quality
 
     os.chdir(ROOT)
-    settings = settings_for({}, size="small", adaptation=adaptation, device=device)
-    found = time_to_quality(settings, records_for(settings), torch.device(device), share=share, cap=cap)
+    # nobody stops early: the share and the seconds say when it is over
+    settings = settings_for({}, size="small", adaptation=adaptation, device=device, early_stopping_patience=0)
+    found = time_to_quality(settings, records_for(settings), torch.device(device), share=share, cap=cap, only=only)
+    if only is not None:
+        click.echo(json.dumps(found["runs"]))
+        return
     save_results(quality={"adaptation": adaptation, **found})
     for run in found["runs"]:
         about = {key: run[key] for key in ("contender", "lr", "schedule", "precision")}
@@ -359,35 +349,6 @@ def flat(rounds: int, patients: tuple[int, ...]) -> None:
     for row in rows:
         per_round = {key: [training[key] for training in row["trainings"]] for key in row["trainings"][0]}
         track(f"flat {row['patients']}", {"patients": row["patients"]}, {}, per_round)
-
-
-def train_on(records: Path, *, epochs: int) -> dict[str, float]:
-    """One `behrt train`, watched from outside."""
-    from behrt.history import read_history
-
-    with tempfile.TemporaryDirectory(prefix="behrt-flat-") as folder:
-        # patience and the doctor must not end it early
-        flags = ["--epochs", str(epochs), "--early-stopping-patience", "0", "--stop-on", "never", "--out", "run"]
-        words = [sys.executable, "-m", "behrt", "train", "--data", str(records), *flags]
-        with (Path(folder) / "log").open("w") as log:
-            process = subprocess.Popen(words, cwd=folder, env=environment(), stdout=log, stderr=log)
-            peak = anonymous = 0.0
-            try:
-                while process.poll() is None:
-                    peak = max(peak, memory_mib("VmHWM", process.pid))
-                    anonymous = max(anonymous, memory_mib("RssAnon", process.pid))
-                    time.sleep(0.05)
-            finally:
-                process.kill()  # where this command is stopped, so is the training
-        if process.returncode:
-            raise click.ClickException(f"behrt train ended with exit code {process.returncode}")
-        rates = [point["value"] for point in read_history(Path(folder) / "run")["tokens_per_second"]]
-    return {
-        "microseconds_per_token": round(1e6 / statistics.median(rates), 3),
-        "peak_mib": round(peak, 1),
-        "anonymous_mib": round(anonymous, 1),  # of this, none is a file of records that is mapped
-        "records_mib": round(sum(file.stat().st_size for file in records.iterdir()) / 2**20, 1),
-    }
 
 
 # The page

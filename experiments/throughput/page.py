@@ -100,22 +100,27 @@ def ratios(row: dict[str, Any], peer: str) -> list[float]:
     return [theirs / ours for ours, theirs in zip(own, other, strict=True)]
 
 
+def model_of(row: dict[str, Any]) -> str:
+    """The size, and the card where one was used."""
+    return str(row["size"]) if row["device"] == "cpu" else f"{row['size']} on {row['device']}"
+
+
 def in_order(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (SIZES.index(row["size"]), row["adaptation"], row["data"]))
 
 
 def throughput_table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
-        "| model | trained | records | `behrt`, tokens/s | precision | Hugging Face, tokens/s | precision | times "
-        "| guide, tokens/s | times |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | trained | records | positions | `behrt`, tokens/s | precision | Hugging Face, tokens/s | precision "
+        "| times | guide, tokens/s | times |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in in_order(rows):
         rates = {peer: statistics.median(tokens_per_second(row, peer)) for peer in ("behrt", *PEERS)}
         own, peer = (contender_of(row, name)["precision"] for name in ("behrt", "hf"))
         lines.append(
-            f"| {row['size']} | {TRAINED[row['adaptation']]} | {row['data']} | {rates['behrt']:,.0f} | {own} "
-            f"| {rates['hf']:,.0f} | {peer} | **{spread(ratios(row, 'hf'))}** "
+            f"| {model_of(row)} | {TRAINED[row['adaptation']]} | {row['data']} | {row['max_position']} "
+            f"| {rates['behrt']:,.0f} | {own} | {rates['hf']:,.0f} | {peer} | **{spread(ratios(row, 'hf'))}** "
             f"| {rates['guide']:,.0f} | **{spread(ratios(row, 'guide'))}** |"
         )
     rounds, batch = len(rows[0]["tokens"]), rows[0]["batch_size"]
@@ -151,7 +156,7 @@ def share_table(rows: Sequence[dict[str, Any]]) -> str:
         reached = [f"{share_of_rate(row, name):.0%}" for name in ("behrt", *PEERS)]
         waited = [f"{input_share(row, name):.1%}" for name in ("behrt", *PEERS)]
         lines.append(
-            f"| {row['size']} | {TRAINED[row['adaptation']]} | {row['data']} | {rates} "
+            f"| {model_of(row)} | {TRAINED[row['adaptation']]} | {row['data']} | {rates} "
             f"| {' | '.join(reached)} | {' | '.join(waited)} |"
         )
     return "\n".join(lines)
@@ -278,7 +283,7 @@ def draw_throughput(rows: Sequence[dict[str, Any]], path: Path) -> None:
     frame = pd.DataFrame(
         {
             "records": row["data"],
-            "model": f"{row['size']}, {TRAINED[row['adaptation']]}",
+            "model": f"{model_of(row)}, {TRAINED[row['adaptation']]}",
             "trained by": names[peer],
             "rate": rate,
         }

@@ -121,22 +121,33 @@ def peer_course(
 
 
 def time_to_quality(
-    settings: ExperimentSettings, records: Records, device: torch.device, *, share: float, cap: float
+    settings: ExperimentSettings,
+    records: Records,
+    device: torch.device,
+    *,
+    share: float,
+    cap: float,
+    only: str | None = None,
 ) -> dict[str, Any]:
     """Trains `behrt` and the peers, an epoch each in turn.
 
     Args:
         share: of the gap that is to be closed.
         cap: seconds of training after which a contender is given up.
+        only: the one contender that is to be trained; None is all.
     """
     baselines = records.baselines(len(records.data.vocabulary))
     unigram_loss, floor_loss = baselines.unigram_loss, baselines.floor_loss
     assert floor_loss is not None, "only a simulated cohort has a known floor"
-    precision = faster_precision(settings, records, device)
-    courses = [own_course(settings, records, device)]
-    for recipe in RECIPES:
-        of_kind = precision if recipe.kind == "hf" else "fp32"
-        courses.append(peer_course(recipe, settings, records, device, precision=of_kind))
+    precisions = {"guide": "fp32"}
+    if only in (None, "hf"):
+        precisions["hf"] = faster_precision(settings, records, device)
+    courses = [own_course(settings, records, device)] if only in (None, "behrt") else []
+    courses += [
+        peer_course(recipe, settings, records, device, precision=precisions[recipe.kind])
+        for recipe in RECIPES
+        if only in (None, recipe.kind)
+    ]
     follow(courses, unigram_loss, floor_loss, share=share, cap=cap, epochs=settings.training.epochs)
     return {
         "share": share,
