@@ -174,6 +174,8 @@ def throughput(
         save_results(machine=machine())
         for name, found in row["contenders"].items():
             rates = [tokens / seconds for tokens, seconds in zip(row["tokens"], found["seconds"], strict=True)]
+            rounds_of = zip(found["flops"], found["seconds"], row["rates"]["bf16"], strict=True)
+            shares = [flops / seconds / rate for flops, seconds, rate in rounds_of]
             params = {
                 key: row[key] for key in ("data", "size", "adaptation", "batch_size", "vocab_size", "max_position")
             }
@@ -181,7 +183,7 @@ def throughput(
                 f"{data} {size} {adaptation} {name}",
                 {**params, "contender": name, "precision": found["precision"], "steps": turns},
                 {"median_tokens_per_second": statistics.median(rates)},
-                {"tokens_per_second": rates, "waiting_seconds": found["waiting"]},
+                {"tokens_per_second": rates, "waiting_seconds": found["waiting"], "share_of_bf16_rate": shares},
             )
             click.echo(f"{data} {size} {adaptation} {name}: {statistics.median(rates):,.0f} tokens/s", err=True)
 
@@ -344,8 +346,8 @@ def flat(rounds: int, patients: tuple[int, ...]) -> None:
     for _, number in product(range(rounds), patients):
         found[number].append(train_on(folders[number], epochs=FLAT_PATIENTS.get(number, 1)))
         click.echo(f"{number:,} patients: {found[number][-1]}", err=True)
-    rows = [{"patients": number, "trainings": trainings} for number, trainings in found.items()]
-    save_results(flat=rows)
+        rows = [{"patients": number, "trainings": trainings} for number, trainings in found.items() if trainings]
+        save_results(flat=rows)
     for row in rows:
         per_round = {key: [training[key] for training in row["trainings"]] for key in row["trainings"][0]}
         track(f"flat {row['patients']}", {"patients": row["patients"]}, {}, per_round)
