@@ -34,7 +34,7 @@ def _own_store(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _float32_by_itself() -> Iterator[None]:
-    """Figures are compared in float32, whatever the CPU at hand multiplies fastest; bf16 is tested where it is named."""
+    """Figures are compared in float32, whatever the CPU multiplies fastest; bf16 is tested where it is named."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
             patch.setattr(torch.cpu, name, lambda: False)
