@@ -17,7 +17,7 @@ LAYERS = (
     ("sequences", "prepare", "masking", "batches"),
     ("model", "lora", "parameters"),
     ("checkpoints", "history", "tracking", "feeding", "feeder", "runs", "sync"),
-    ("trainer", "cooccurrence", "records"),
+    ("optimizer", "trainer", "cooccurrence", "records"),
     (
         "doctor.curves", "doctor.facts", "doctor.remedies", "doctor.rule", "doctor.readings", "doctor.curve_symptoms",
         "doctor.setup_symptoms", "doctor.curve_rules", "doctor.setup_rules", "doctor.rules", "doctor.explain",
