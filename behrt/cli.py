@@ -40,6 +40,7 @@ from behrt.exits import (
     LostRun,
     RefusedRun,
 )
+from behrt.imports import first_import
 from behrt.options import (
     PATH,
     Command,
@@ -220,11 +221,12 @@ def train(
         settings = settings_to_resume(attempt, experiment_file, given(flags))
         name, folder = name_of(attempt), attempt.folder
 
-    from behrt.console import TerminalListener, result_lines
-    from behrt.pretrain import pretrain
-    from behrt.stopper import Stopper
-    from behrt.sync import settle_dead
-    from behrt.terminal import stderr_console
+    with first_import("torch"):
+        from behrt.console import TerminalListener, result_lines
+        from behrt.pretrain import pretrain
+        from behrt.stopper import Stopper
+        from behrt.sync import settle_dead
+        from behrt.terminal import stderr_console
 
     console = stderr_console()
     listener = TerminalListener(console)

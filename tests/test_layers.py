@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "behrt"
 
 # One row a layer, from the data to the command line; inside a row a file may import from those to its left.
 LAYERS = (
-    ("config", "files", "devices", "prepare_options", "events"),
+    ("config", "files", "imports", "devices", "prepare_options", "events"),
     (
         "coding", "visits", "cleaning", "sources.meds", "sources.mimic", "vocabulary",
         "population", "cohort", "floor", "metrics",
