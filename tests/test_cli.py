@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from behrt.checkpoints import CHECKSUMS_FILE
-from behrt.cli import main, place_of_run
+from behrt.cli import main
 from behrt.config import ExperimentSettings, UserError
 from behrt.files import write_checksums
+from behrt.train_command import place_of_run
 from behrt.vocabulary import Vocabulary
 
 from .conftest import Workspace

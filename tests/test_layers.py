@@ -31,7 +31,7 @@ LAYERS = (
         "sweep.definitions", "sweep.study", "sweep.summary", "sweep.figures", "sweep.tracked", "sweep.trial",
         "sweep.worker", "sweep.coordinator",
     ),
-    ("exits", "options", "terminal", "console", "sweep_console", "sweep_commands", "cli", "__main__"),
+    ("exits", "options", "terminal", "console", "sweep_console", "sweep_commands", "train_command", "cli", "__main__"),
 )  # fmt: skip
 ORDER = [module for layer in LAYERS for module in layer]
 WITHOUT_LAYER = {"__init__", "sources.__init__", "doctor.__init__", "sweep.__init__"}
