@@ -146,17 +146,13 @@ def cut(
     Returns:
         The sequences, and which of the given tokens they kept, int64 `[kept tokens]`.
     """
-    lengths = np.diff(sequences.offsets)
-    kept = []
-    for start, length in zip(sequences.offsets[:-1].tolist(), lengths.tolist(), strict=True):
-        if length <= max_position:
-            kept.append(np.arange(start, start + length))
-        else:
-            first, stop = choose_window(sequences.visits[start : start + length], max_position, generator)
-            kept += [np.array([start]), np.arange(start + first, start + stop)]
-    index = np.concatenate(kept)
-    offsets = np.zeros_like(sequences.offsets)
-    np.cumsum(np.bincount(np.searchsorted(sequences.offsets, index, side="right") - 1), out=offsets[1:])
+    kept = np.ones(len(sequences.codes), np.bool_)
+    for patient in np.flatnonzero(np.diff(sequences.offsets) > max_position).tolist():
+        start, stop = sequences.offsets[patient : patient + 2].tolist()
+        first, last = choose_window(sequences.visits[start:stop], max_position, generator)
+        kept[start + 1 : start + first] = kept[start + last : stop] = False
+    index = np.flatnonzero(kept)
+    offsets = np.concatenate([[0], np.cumsum(kept)])[sequences.offsets]
     ages = sequences.ages[index]
     ages[offsets[:-1]] = ages[offsets[:-1] + 1]  # [CLS] has the age of what follows it
     return FlatSequences(sequences.codes[index], ages, sequences.visits[index], offsets), index

@@ -9,28 +9,17 @@ from __future__ import annotations
 
 import json
 import logging
-import re
-import shlex
 import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from behrt import __version__
-from behrt.config import (
-    EXPERIMENT_NAME,
-    FLAGS,
-    MAX_SEED,
-    UserError,
-    build_settings,
-    lay_over,
-    load_experiment,
-    resolved,
-)
+from behrt.config import MAX_SEED, UserError, load_experiment
 from behrt.exits import (
     EXIT_INTERRUPTED,
     EXIT_LOST,
@@ -39,6 +28,7 @@ from behrt.exits import (
     EXIT_TERMINATED,
     LostRun,
     RefusedRun,
+    one_line,
 )
 from behrt.options import (
     PATH,
@@ -46,6 +36,7 @@ from behrt.options import (
     adaptation_options,
     data_options,
     given,
+    in_folder,
     json_option,
     model_options,
     preset_option,
@@ -55,12 +46,7 @@ from behrt.options import (
 from behrt.prepare_options import PrepareOptions
 from behrt.stopper import Terminated
 from behrt.sweep_commands import sweep
-
-if TYPE_CHECKING:
-    from behrt.config import ExperimentSettings
-    from behrt.doctor.rule import Finding
-    from behrt.resume import Attempt
-
+from behrt.train_command import train
 
 LONGEST_LINE = 900
 """Characters of an error; a value of thousands, quoted by click or by a library, loses its middle."""
@@ -179,126 +165,7 @@ def prepare(source: Path, out: Path, overwrite: bool, as_json: bool, **flags: An
         click.echo(json.dumps(info))
 
 
-@cli.command()
-@click.argument("experiment_file", required=False, metavar="[EXPERIMENT.yaml]", type=PATH)
-@preset_option
-@model_options
-@adaptation_options
-@data_options
-@training_options
-@click.option("--experiment", default=None, help="Name of the folder under experiments/ and in MLflow.")
-@click.option("--out", type=PATH, default=None, help="Another folder than experiments/NAME.")
-@click.option("--force", is_flag=True, help="Train even if the pre-flight finds that the run cannot learn.")
-@click.option(
-    "--resume",
-    metavar="RUN",
-    default=None,
-    help="Go on with a run that was cut off: its folder, or its MLflow run id.",
-)
-@json_option
-def train(
-    experiment_file: Path | None,
-    preset: str | None,
-    experiment: str | None,
-    out: Path | None,
-    force: bool,
-    resume: str | None,
-    as_json: bool,
-    **flags: Any,
-) -> None:
-    """Pre-train one model. Flags go over the file, the file over the preset, the preset over the defaults.
-
-    With --resume, the run goes on with the settings that it was begun with; what else is given must agree with them.
-    """
-    experiment_file = in_folder(experiment_file)
-    attempt = None
-    if resume is None:
-        settings = load_experiment(experiment_file, preset=preset, flags=given(flags))
-        name, folder = place_of_run(settings, experiment_file, experiment, out)
-    else:
-        attempt = attempt_of(resume, preset=preset, experiment=experiment, out=out)
-        settings = settings_to_resume(attempt, experiment_file, given(flags))
-        name, folder = name_of(attempt), attempt.folder
-
-    from behrt.console import TerminalListener, result_lines
-    from behrt.pretrain import pretrain
-    from behrt.stopper import Stopper
-    from behrt.sync import settle_dead
-    from behrt.terminal import stderr_console
-
-    console = stderr_console()
-    listener = TerminalListener(console)
-    if attempt is None and settle_dead(folder):
-        console.print(
-            f"The run in {folder} died without a word, and is marked so; it is kept in {folder / 'earlier'}.",
-            markup=False,
-        )
-    stopper = Stopper(insists=True)
-    try:
-        with stopper.interrupting():
-            result = pretrain(
-                settings,
-                experiment=name,
-                folder=folder,
-                listener=listener,
-                force=force,
-                attempt=attempt,
-                stopper=stopper,
-            )
-    except KeyboardInterrupt:
-        if listener.has_started:
-            listener.stop()
-            console.print(f"To go on: {how_to_go_on(folder)}", markup=False)
-        raise
-    except OSError as error:  # a full disk, above all
-        if not listener.has_started:
-            raise
-        message = f"{one_line(error)}; what was kept before is whole: make room, then {how_to_go_on(folder)}"
-        raise UserError(message) from error
-    finally:
-        stopper.close()
-        listener.stop()
-    console.print("\n".join(result_lines(result)), markup=False)
-    if as_json:
-        click.echo(json.dumps(result.as_dict()))
-    if result.refused:
-        raise RefusedRun(f"refused: {reasons(result.diagnosis.of_severity('error'))}; --force trains all the same")
-    if result.status == "FAILED":
-        lost_to = [result.lost_to] if result.lost_to else result.diagnosis.of_severity("error")
-        raise LostRun(f"ended after epoch {result.last.epoch if result.last else 0}: {reasons(lost_to)}")
-
-
-def how_to_go_on(folder: Path) -> str:
-    """The command that goes on with a run."""
-    return f"behrt train --resume {shlex.quote(str(folder))}"
-
-
-def attempt_of(target: str, *, preset: str | None, experiment: str | None, out: Path | None) -> Attempt:
-    """The attempt that `--resume` names; `UserError` for options that make no sense beside it."""
-    for flag, value in (("--preset", preset), ("--experiment", experiment)):
-        if value is not None:
-            raise UserError(f"{flag}: goes with a new run, and --resume with one that there is; leave one of them out")
-    if out is not None and Path(target).exists():
-        raise UserError(f"--out: {target} goes on where it is; leave this out")
-
-    from behrt.resume import attempt_to_resume
-
-    return attempt_to_resume(target, lambda state: out or Path("experiments") / state.experiment)
-
-
-def settings_to_resume(attempt: Attempt, experiment_file: Path | None, flags: dict[str, Any]) -> ExperimentSettings:
-    """Those that the run was begun with, or those of the file that is named, and the flags over them."""
-    if experiment_file is not None:
-        return load_experiment(experiment_file, flags=flags)
-    nested = lay_over(attempt.settings.model_dump(mode="json"), flags)
-    return build_settings(nested, where=FLAGS)
-
-
-def name_of(attempt: Attempt) -> str:
-    """Under which MLflow has the run."""
-    from behrt.feeding import TrackingRecord
-
-    return attempt.state.experiment if attempt.state else TrackingRecord.load(attempt.folder).experiment
+cli.add_command(train)
 
 
 @cli.command()
@@ -459,40 +326,6 @@ def pairs(texts: tuple[str, ...], flag: str) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in (text.partition("=") for text in texts)}
 
 
-def reasons(findings: Sequence[Finding]) -> str:
-    """Findings in one line, each with its first remedy."""
-    return "; ".join(
-        f"{finding.title[:1].lower()}{finding.title[1:]} ({finding.rule})"
-        + "".join(f", try {remedy}" for remedy in finding.remedies[:1])
-        for finding in findings
-    )
-
-
-def in_folder(experiment_file: Path | None) -> Path | None:
-    """The experiment file itself, also where its folder is named."""
-    if experiment_file is not None and experiment_file.is_dir():
-        return experiment_file / "experiment.yaml"
-    return experiment_file
-
-
-def place_of_run(
-    settings: ExperimentSettings, experiment_file: Path | None, experiment: str | None, out: Path | None
-) -> tuple[str, Path]:
-    """Name and folder of a run: as given, else those of the experiment file, else by the model's size."""
-    if experiment is None:
-        if out is not None:
-            experiment = re.sub(r"[^A-Za-z0-9._-]", "_", resolved(out).name)
-        elif experiment_file is not None:
-            is_standard = experiment_file.name == "experiment.yaml"
-            experiment = experiment_file.resolve().parent.name if is_standard else experiment_file.stem
-            out = experiment_file.parent if is_standard else None
-        else:
-            experiment = f"behrt_{settings.model.model_size}_mlm"
-    if not EXPERIMENT_NAME.fullmatch(experiment):
-        raise UserError(f"--experiment: {experiment!r} is no folder name; use letters, digits, '.', '_' and '-'")
-    return experiment, out or Path("experiments") / experiment
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the exit code. The user's mistakes become one line."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -525,13 +358,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def terminate(signal_number: int, frame: object) -> None:
     raise Terminated
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error in one line; of an operating system's error, its file and reason."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split())
 
 
 def fail(message: str, code: int) -> int:

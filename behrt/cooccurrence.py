@@ -22,8 +22,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -62,6 +64,8 @@ VALIDATION_TOKENS = 250_000
 PAIRS_AT_MOST = 20_000_000
 """Pairs of tokens that are counted for one view; of more, a random part of the patients. Bounds memory and time."""
 TARGETS_AT_ONCE = 4_096
+THREADS = 2
+"""That count at once; most of it happens where numpy and scipy let go of the interpreter. Each holds a fold's pairs."""
 
 STEPS = 200
 """Of expectation-maximisation."""
@@ -128,21 +132,32 @@ class Table:
 
     def __init__(self, counted: Any) -> None:
         """Args: sparse [contexts, codes] matrix in canonical CSR form."""
-        self._width = counted.shape[1]
         contexts = np.repeat(np.arange(counted.shape[0]), np.diff(counted.indptr))
-        self._pairs = contexts * self._width + counted.indices  # ascending
+        self._pairs = contexts * counted.shape[1] + counted.indices  # ascending
         self._counts = counted.data
         self.totals = np.asarray(counted.sum(axis=1, dtype=np.float64)).ravel()
 
-    def __call__(self, contexts: NDArray[np.int32], codes: NDArray[np.int32]) -> NDArray[np.float64]:
-        """float64 [pairs] `n_v(c, x)` of each pair."""
-        found = np.zeros(len(codes))
-        if len(self._pairs):
-            wanted = contexts.astype(np.int64) * self._width + codes
-            order = np.argsort(wanted)  # neighbours are searched in the same part of the memory
-            places = np.searchsorted(self._pairs[:-1], wanted[order])
-            found[order] = np.where(self._pairs[places] == wanted[order], self._counts[places], 0)
-        return found
+    def __call__(self, wanted: NDArray[np.int64]) -> NDArray[np.float32] | float:
+        """float32 [pairs] `n_v(c, x)` of each pair, given as c times the number of codes plus x, in ascending order."""
+        if not len(self._pairs):
+            return 0.0
+        places = np.searchsorted(self._pairs[:-1], wanted)
+        return np.where(self._pairs[places] == wanted, self._counts[places], np.float32(0))
+
+
+def looked_up(
+    tables: Sequence[Table], contexts: NDArray[np.int32], codes: NDArray[np.int32], ordinary: int
+) -> NDArray[np.float64]:
+    """float64 [pairs] `n_v(c, x)` of each pair, summed over tables of the same view with so many ordinary codes."""
+    wanted = contexts.astype(np.int64) * ordinary + codes
+    order = np.argsort(wanted)  # neighbours are searched in the same part of the memory
+    wanted = wanted[order]
+    found = np.zeros(len(wanted))
+    for table in tables:
+        found += table(wanted)
+    in_their_order = np.empty_like(found)
+    in_their_order[order] = found
+    return in_their_order
 
 
 @dataclass(frozen=True)
@@ -196,9 +211,12 @@ def measure_cooccurrence(training: FlatSequences, validation: MaskedSequences, v
         vocab_size: number of tokens, the special ones included.
     """
     folds = stream(FIXED_SEED, Stream.TRAINING_SAMPLE, Draw.FOLDS).permutation(len(training)) % FOLDS
-    counts = [count(take(training, np.flatnonzero(folds == fold)), vocab_size) for fold in range(FOLDS)]
-    tuning = cross_fitted(training, folds, counts, vocab_size)
-    held_out = evidence_of(some_patients(validation), counts, unigram(training.codes, vocab_size))
+    with ThreadPoolExecutor(THREADS) as threads:
+        of_folds = (take(training, np.flatnonzero(folds == fold)) for fold in range(FOLDS))
+        counts = list(threads.map(partial(count, vocab_size=vocab_size), of_folds))
+        fitted_on = threads.submit(cross_fitted, training, folds, counts, vocab_size)
+        held_out = evidence_of(some_patients(validation), counts, unigram(training.codes, vocab_size))
+        tuning = fitted_on.result()
 
     weights = fit_weights(tuning.ratios)
     evidence, gains = held_out, np.log(held_out.ratios @ weights)
@@ -354,7 +372,7 @@ def evidence_of(masked: MaskedSequences, counts: Sequence[Counts], log_frequenci
         columns = slice(1 + number * len(STRENGTHS), 1 + (number + 1) * len(STRENGTHS))
         for block, rows, contexts in contexts_of_targets(sequences, visible, targets, view, len(frequencies)):
             x = truths[block][rows]
-            together = np.sum([table(contexts, x) for table in tables], axis=0)
+            together = looked_up(tables, contexts, x, len(frequencies))
             found = np.bincount(rows, minlength=len(truths[block]))
             for column, strength in zip(range(columns.start, columns.stop), STRENGTHS, strict=True):
                 said = (together / frequencies[x] + strength) / (totals[contexts] + strength)

@@ -1,4 +1,4 @@
-"""With which code does a command end?
+"""With which code, and which words, does a command end?
 
 0 done, 2 the user's mistake, 3 refused by the pre-flight, 4 the run was lost, 130 and 143 stopped by a signal.
 """
@@ -16,3 +16,10 @@ class RefusedRun(Exception):
 
 class LostRun(Exception):
     """A run that ended, but whose model is of no use."""
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error in one line; of an operating system's error, its file and reason."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split())

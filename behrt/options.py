@@ -117,3 +117,10 @@ def given(flags: dict[str, Any]) -> dict[str, Any]:
         except ValueError:
             raise UserError(f"--max-position: expected a number or auto, found {kept['max_position']!r}") from None
     return kept
+
+
+def in_folder(experiment_file: Path | None) -> Path | None:
+    """The experiment file itself, also where its folder is named."""
+    if experiment_file is not None and experiment_file.is_dir():
+        return experiment_file / "experiment.yaml"
+    return experiment_file

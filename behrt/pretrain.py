@@ -51,7 +51,11 @@ log = logging.getLogger(__name__)
 EVALUATED_AT_ONCE = 128
 """Patients per batch of an evaluation."""
 
+SECONDS_BEFORE_PLOTS = 240.0
+"""A run that ends sooner has its curves drawn at its end. The first drawing imports seaborn and takes over a second."""
 SECONDS_BETWEEN_PLOTS = 30.0
+PLOTS_SHARE = 0.005
+"""Of a training's time, that drawing its curves may take while it runs."""
 
 
 def masked_lm_loss(model: nn.Module, batch: PackedBatch) -> LossSums:
@@ -386,7 +390,7 @@ def _train(
 ) -> None:
     """The epochs: each is kept on disk first, then sent to MLflow, then shown."""
     start, checkup = result.start, result.checkup
-    last_plot = time.perf_counter()
+    next_plot = time.perf_counter() + SECONDS_BEFORE_PLOTS
     if result.last is not None and _ends(result.last, trainer, result, listener):  # of an attempt that it goes on with
         return
     epochs = trainer.epochs()
@@ -413,9 +417,9 @@ def _train(
             _log_diagnosis(result, run_folder, feeder)
         if _ends(record, trainer, result, listener):
             return
-        if time.perf_counter() - last_plot > SECONDS_BETWEEN_PLOTS:
+        if start.trial is None and (begun := time.perf_counter()) > next_plot:
             draw_curves(run_folder.history, start.baselines, run_folder.plots, title=start.experiment)
-            last_plot = time.perf_counter()
+            next_plot = _time_of_next_plot(begun, time.perf_counter())
     trainer.restore_best()
     result.stopped_early = trainer.stopping.should_stop
     if result.stopped_early and start.settings.training.stop_on != "never":
@@ -424,6 +428,15 @@ def _train(
         result.lost_to = checkup.reason_to_stop("error")
     is_finite = result.last is not None and result.last.is_finite
     result.status = "FINISHED" if is_finite and result.lost_to is None else "FAILED"
+
+
+def _time_of_next_plot(begun: float, done: float) -> float:
+    """When the curves may be drawn again, whose last drawing took from `begun` to `done`; the first imports much.
+
+    >>> _time_of_next_plot(100.0, 100.1), _time_of_next_plot(100.0, 101.0)
+    (130.1, 301.0)
+    """
+    return done + max(SECONDS_BETWEEN_PLOTS, (done - begun) / PLOTS_SHARE)
 
 
 def _ends(record: EpochRecord, trainer: Trainer[PackedBatch], result: RunResult, listener: Listener) -> bool:

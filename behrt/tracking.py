@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Self
 
 from behrt.config import UserError
 from behrt.files import locked, replacing_file, replacing_folder
+from behrt.imports import first_import
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -117,13 +118,17 @@ def connect() -> MlflowClient:
     Raises:
         UserError: the store cannot be opened.
     """
-    from mlflow import MlflowClient
+    uri = tracking_uri()
+    with first_import("mlflow"):
+        from mlflow import MlflowClient
+
+        if not uri.startswith("http"):
+            import mlflow.store.tracking.sqlalchemy_store  # noqa: F401  (as the client would, a moment later)
 
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)  # making the tables is nothing to report
     for name in ("sqlalchemy.pool", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # they print tracebacks; that the store failed, we say
-    uri = tracking_uri()
     try:
         with ExitStack() as stack:
             if uri.startswith("sqlite:///"):

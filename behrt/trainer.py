@@ -23,6 +23,7 @@ from behrt.config import TrainingSettings
 from behrt.devices import free_cached_memory, is_out_of_memory
 from behrt.history import EpochRecord
 from behrt.masking import Stream, torch_seed
+from behrt.optimizer import AdamW
 
 
 class Batch(Protocol):
@@ -149,7 +150,7 @@ def learning_rate_at(step: int, total_steps: int, settings: TrainingSettings) ->
     return settings.lr
 
 
-def make_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, settings: TrainingSettings) -> AdamW:
     """AdamW over what is trainable; decoupled weight decay on matrices only (Loshchilov & Hutter, 2019).
 
     Biases and LayerNorm weights are offsets and scales: pulled to 0 they give a worse model, not a simpler one.
@@ -158,7 +159,7 @@ def make_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.
     assert trainable, "nothing is trainable"
     matrices = [parameter for parameter in trainable if parameter.ndim >= 2]
     vectors = [parameter for parameter in trainable if parameter.ndim < 2]
-    return torch.optim.AdamW(
+    return AdamW(
         [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=settings.lr,
         fused=True,

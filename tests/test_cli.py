@@ -2,17 +2,16 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from contextlib import chdir
 from pathlib import Path
 
 import pytest
 
 from behrt.checkpoints import CHECKSUMS_FILE
-from behrt.cli import main, place_of_run
+from behrt.cli import main
 from behrt.config import ExperimentSettings, UserError
 from behrt.files import write_checksums
+from behrt.train_command import place_of_run
 from behrt.vocabulary import Vocabulary
 
 from .conftest import Workspace
@@ -238,12 +237,6 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture, command: s
     assert text.startswith("Usage: behrt")
     for line in text.splitlines():
         assert len(line) <= 110
-
-
-def test_help_does_not_import_torch_or_mlflow() -> None:
-    code = "import sys; from behrt.cli import main; main(['train', '--help']); " \
-        "sys.exit(bool({'torch', 'mlflow', 'polars', 'pandas'} & set(sys.modules)))"  # fmt: skip
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
 def test_a_run_is_named_after_its_file_its_flag_or_its_size(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "behrt"
 
 # One row a layer, from the data to the command line; inside a row a file may import from those to its left.
 LAYERS = (
-    ("config", "files", "devices", "prepare_options", "events"),
+    ("config", "files", "imports", "devices", "prepare_options", "events"),
     (
         "coding", "visits", "cleaning", "sources.meds", "sources.mimic", "vocabulary",
         "population", "cohort", "floor", "metrics",
@@ -17,7 +17,7 @@ LAYERS = (
     ("sequences", "prepare", "masking", "batches"),
     ("cheap_layers", "attention", "model", "lora", "parameters"),
     ("checkpoints", "history", "tracking", "feeding", "feeder", "runs", "sync"),
-    ("trainer", "cooccurrence", "records"),
+    ("optimizer", "trainer", "cooccurrence", "records"),
     (
         "doctor.curves", "doctor.facts", "doctor.remedies", "doctor.rule", "doctor.readings", "doctor.curve_symptoms",
         "doctor.setup_symptoms", "doctor.curve_rules", "doctor.setup_rules", "doctor.rules", "doctor.explain",
@@ -31,7 +31,7 @@ LAYERS = (
         "sweep.definitions", "sweep.study", "sweep.summary", "sweep.figures", "sweep.tracked", "sweep.trial",
         "sweep.worker", "sweep.coordinator",
     ),
-    ("exits", "options", "terminal", "console", "sweep_console", "sweep_commands", "cli", "__main__"),
+    ("exits", "options", "terminal", "console", "sweep_console", "sweep_commands", "train_command", "cli", "__main__"),
 )  # fmt: skip
 ORDER = [module for layer in LAYERS for module in layer]
 WITHOUT_LAYER = {"__init__", "sources.__init__", "doctor.__init__", "sweep.__init__"}

@@ -29,6 +29,7 @@ from behrt.doctor.masks import masks_change
 from behrt.doctor.memory import Keeping, Kept, memory_available, memory_needed
 from behrt.lora import LAYERS_OF_TARGET, Adapter, LoRALinear, adapted_layers
 from behrt.model import BEHRT, Attention
+from behrt.optimizer import AdamW
 from behrt.parameters import count_parameters, silent_adapters
 from behrt.trainer import LossSums, StepSource
 
@@ -356,7 +357,7 @@ def optimizer_seconds(model: nn.Module, device: torch.device) -> float:
         return 0.0
     stand_in = nn.Parameter(torch.zeros(min(trained, OPTIMIZER_SAMPLE), device=device))
     stand_in.grad = torch.zeros_like(stand_in)
-    optimizer = torch.optim.AdamW([stand_in], fused=True)
+    optimizer = AdamW([stand_in], fused=True)
     for _ in range(2):  # the first step allocates the optimizer's state
         started = _now(device)
         nn.utils.clip_grad_norm_([stand_in], 1.0)

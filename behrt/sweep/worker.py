@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from behrt.config import UserError
+from behrt.imports import first_import
 from behrt.stopper import Stopper
 from behrt.sweep.liveness import WorkerToken, is_alive
 from behrt.sweep.storage import open_storage
@@ -56,10 +57,11 @@ class Job:
 
 def work(job: Job, stopper: Stopper) -> int:
     """Trains trials until there are no more; the exit code of the process."""
-    import torch
+    with first_import("torch"):
+        import torch
 
-    from behrt.records import RecordsCache
-    from behrt.sweep.trial import run_trial
+        from behrt.records import RecordsCache
+        from behrt.sweep.trial import run_trial
 
     torch.set_num_threads(job.threads)
     if torch.cuda.is_available():
