@@ -12,6 +12,12 @@ from behrt.events import mix64
 MAX_SAMPLE = 10_000
 """Training values kept per code to fit its bins: a quantile from so many is off by about half a percentage point."""
 
+MAX_NEW = 1_000_000
+"""Values that wait before the smallest hashes are looked for again; more where more are held."""
+
+SAMPLE_SCHEMA = {"code": pl.String(), "numeric_value": pl.Float32(), "subject_id": pl.Int64(), "hash": pl.UInt64()}
+"""Columns of the values that bins are fitted on."""
+
 _ICD = r"^(?i:.*//)?(?i:ICD)[^/]*//(?:(?:9|10)[^/]*//)?[^/]+$"
 _ICD_STEM = r"^((?i:.*//)?(?i:ICD)[^/]*//(?:(?:9|10)[^/]*//)?)"
 _ICD9_EXTERNAL = r"^(?i:.*//)?(?i:ICD)(?:9[^/]*|[^/]*//9[^/]*)//E[^/]+$"
@@ -36,6 +42,15 @@ def shorten_icd(digits: int) -> pl.Expr:
     return pl.when(~code.str.contains(_ICD)).then(code).when(external).then(cut(digits + 1)).otherwise(cut(digits))
 
 
+def hashed_values(events: pl.DataFrame) -> pl.DataFrame:
+    """The finite values of `events` (columns subject_id, time, code, numeric_value): `SAMPLE_SCHEMA`."""
+    values = events.filter(pl.col("numeric_value").is_finite())
+    hashes = mix64(values["subject_id"].to_numpy().view(np.uint64))
+    hashes = mix64(hashes ^ values["time"].to_physical().to_numpy().view(np.uint64))
+    hashes = mix64(hashes ^ values["numeric_value"].to_numpy().view(np.uint32).astype(np.uint64))
+    return values.select("code", "numeric_value", "subject_id", pl.Series("hash", hashes, dtype=pl.UInt64))
+
+
 class ValueSample:
     """A bounded sample of the numeric values of each code, the same however the events are sharded.
 
@@ -44,24 +59,48 @@ class ValueSample:
     """
 
     def __init__(self) -> None:
-        self._held = pl.DataFrame(
-            schema={"code": pl.String, "numeric_value": pl.Float32, "subject_id": pl.Int64, "hash": pl.UInt64}
-        )
+        self._numbers: dict[str, int] = {}  # a number for each code: a column of strings would keep those of each shard
+        self._limits = np.zeros(0, np.uint64)  # by number, the largest hash that can still be among the smallest
+        self._held = pl.DataFrame(schema={**SAMPLE_SCHEMA, "code": pl.UInt32()})
+        self._new: list[pl.DataFrame] = []
 
     def add(self, events: pl.DataFrame) -> None:
         """Adds the finite values of `events` (columns subject_id, time, code, numeric_value)."""
-        values = events.filter(pl.col("numeric_value").is_finite())
-        hashes = mix64(values["subject_id"].to_numpy().view(np.uint64))
-        hashes = mix64(hashes ^ values["time"].to_physical().to_numpy().view(np.uint64))
-        hashes = mix64(hashes ^ values["numeric_value"].to_numpy().view(np.uint32).astype(np.uint64))
-        new = values.select("code", "numeric_value", "subject_id").with_columns(pl.Series("hash", hashes))
+        self.add_hashed(hashed_values(events))
+
+    def add_hashed(self, values: pl.DataFrame) -> None:
+        """Adds values that have their hashes, as of `hashed_values` or of another sample's `table`."""
+        if values.is_empty():
+            return
+        codes = values["code"].unique()
+        numbers = [self._numbers.setdefault(code, len(self._numbers)) for code in codes.to_list()]
+        missing = len(self._numbers) - len(self._limits)
+        self._limits = np.append(self._limits, np.full(missing, np.iinfo(np.uint64).max, np.uint64))
+        number = pl.col("code").replace_strict(codes, pl.Series(numbers, dtype=pl.UInt32), return_dtype=pl.UInt32)
+        values = values.with_columns(number)
+        values = values.filter(values["hash"] <= pl.Series(self._limits[values["code"].to_numpy()], dtype=pl.UInt64))
+        self._new.append(values)
+        if sum(map(len, self._new)) > max(len(self._held), MAX_NEW):
+            self._settle()
+
+    def _settle(self) -> None:
+        """Keeps the smallest hashes of each code."""
         self._held = (
-            pl.concat([self._held, new])
+            pl.concat([self._held, *self._new])
             .sort("code", "hash", "numeric_value", "subject_id")
             .group_by("code", maintain_order=True)
             .head(MAX_SAMPLE)
-            .select("code", "numeric_value", "subject_id", "hash")
+            .select(list(SAMPLE_SCHEMA))
         )
+        self._new = []
+        full = self._held.group_by("code").agg(pl.len(), pl.col("hash").max()).filter(pl.col("len") == MAX_SAMPLE)
+        self._limits[full["code"].to_numpy()] = full["hash"].to_numpy()
+
+    def table(self) -> pl.DataFrame:
+        """What the sample holds, in an order of its own: `SAMPLE_SCHEMA`."""
+        self._settle()
+        names = pl.Series(list(self._numbers), dtype=pl.String)
+        return self._held.with_columns(names.gather(self._held["code"]).alias("code")).sort(list(SAMPLE_SCHEMA))
 
     def bin_edges(self, bins: int, min_patients: int) -> dict[str, list[float]]:
         """The inner quantiles of each code, `bins - 1` numbers; codes of too few patients or values get none.
@@ -73,7 +112,8 @@ class ValueSample:
             for number in range(1, bins)
         ]
         fitted = (
-            self._held.group_by("code")
+            self.table()
+            .group_by("code")
             .agg(*quantiles, pl.col("subject_id").n_unique().alias("patients"), pl.len().alias("values"))
             .filter((pl.col("patients") >= min_patients) & (pl.col("values") >= bins))
             .sort("code")

@@ -155,24 +155,22 @@ def write_checksums(folder: Path, name: str, files: Iterable[Path]) -> None:
     write_text(folder / name, "".join(lines))
 
 
-def verify_checksums(folder: Path, name: str) -> None:
-    """Raises `UserError` unless every file that `folder / name` lists is as it was when that was written."""
+def verify_checksums(folder: Path, name: str, *, remedy: str = "choose another checkpoint") -> None:
+    """Raises `UserError`, which ends in `remedy`, unless every file that `folder / name` lists is as it was then."""
     try:
         lines = (folder / name).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
-        raise UserError(f"{folder / name}: is missing or damaged; choose another checkpoint") from None
+        raise UserError(f"{folder / name}: is missing or damaged; {remedy}") from None
     for line in lines:
         digest, _, file = line.partition("  ")
         if not file or Path(file).is_absolute() or ".." in Path(file).parts:
-            raise UserError(f"{folder / name}: is damaged; choose another checkpoint")
+            raise UserError(f"{folder / name}: is damaged; {remedy}")
         try:
             found = sha256_of_file(folder / file)
         except OSError:
-            raise UserError(f"{folder / file}: is missing; choose another checkpoint") from None
+            raise UserError(f"{folder / file}: is missing; {remedy}") from None
         if found != digest:
-            raise UserError(
-                f"{folder / file}: was changed since it was written, or is damaged; choose another checkpoint"
-            )
+            raise UserError(f"{folder / file}: was changed since it was written, or is damaged; {remedy}")
 
 
 def sha256_of_file(path: Path) -> str:

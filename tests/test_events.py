@@ -1,10 +1,10 @@
-"""Events: order, shards, splits, fingerprint."""
+"""Events: order, shards, splits."""
 
 import numpy as np
 import polars as pl
 import pytest
 
-from behrt.events import fingerprint, is_in_order, split_by_hash, subject_ranges
+from behrt.events import is_in_order, split_by_hash, subject_ranges
 
 from .small_records import day, events
 
@@ -48,16 +48,3 @@ def test_order_means_by_subject_then_time_with_static_events_first():
     for rows in ([1, 0, 2, 3, 4], [3, 4, 0, 1, 2], [0, 1, 2, 4, 3]):
         assert not is_in_order(ordered[rows])
     assert not is_in_order(events((1, day(1), "A"), (1, day(0), "A")))
-
-
-def test_the_fingerprint_sees_names_and_contents_but_not_the_place(tmp_path):
-    def digest(folder: str, name: str, content: bytes) -> str:
-        (tmp_path / folder).mkdir(exist_ok=True)
-        file = tmp_path / folder / name
-        file.write_bytes(content)
-        return fingerprint([file], tmp_path / folder)
-
-    here = digest("here", "a", b"12")
-    assert digest("there", "a", b"12") == here
-    assert digest("here", "b", b"12") != here
-    assert digest("here", "a", b"13") != here

@@ -60,7 +60,7 @@ def test_splits_come_from_the_file_that_meds_names(tmp_path):
     splits = {1: "train", 2: "tuning", 3: "held_out", 4: "train"}
     source = open_meds(write_meds(tmp_path / "set", frame, splits=splits), {})
     assert source.splits is not None
-    assert dict(source.splits.iter_rows()) == splits
+    assert source.splits.names() == splits
 
 
 @pytest.mark.parametrize("above", ["", "data"])
@@ -72,7 +72,7 @@ def test_splits_come_from_folders_named_for_them(tmp_path, above):
         frame.filter(pl.col("subject_id") == subject).write_parquet(folder / "0.parquet")
     source = open_meds(tmp_path / "set", {})
     assert source.splits is not None
-    assert dict(source.splits.iter_rows()) == {1: "train", 2: "tuning", 3: "held_out"}
+    assert source.splits.names() == {1: "train", 2: "tuning", 3: "held_out"}
 
 
 def test_no_splits_are_made_up_for_one_file_or_a_folder_of_files(tmp_path):
