@@ -62,9 +62,16 @@ class SubjectSplits:
     """The split of each subject, in 9 bytes a subject."""
 
     def __init__(self, subjects: npt.NDArray[np.int64], splits: npt.NDArray[np.int8]) -> None:
-        """Subjects, int64 [subjects], each once, in any order; and the index into `SPLITS` of each, int8 [subjects]."""
-        order = np.argsort(subjects)
-        self._subjects, self._splits = subjects[order], splits[order]
+        """Subjects, int64 [rows], in any order; and the index into `SPLITS` of each, int8 [rows]."""
+        if (subjects[1:] < subjects[:-1]).any():
+            order = np.argsort(subjects)
+            subjects, splits = subjects[order], splits[order]
+        self._subjects, self._splits = subjects, splits
+
+    def in_two_splits(self) -> int:
+        """Subjects that are in more than one split, where there should be none."""
+        torn = (self._subjects[1:] == self._subjects[:-1]) & (self._splits[1:] != self._splits[:-1])
+        return len(np.unique(self._subjects[1:][torn]))
 
     def among(self, subject_ids: pl.Series) -> pl.DataFrame:
         """`subject_id` and `split` (Int8, an index into `SPLITS`) of those of the subjects that have a split."""

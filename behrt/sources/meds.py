@@ -35,6 +35,9 @@ from behrt.fingerprint import name_in_source
 
 logger = logging.getLogger(__name__)
 
+SPLIT_ROWS = 250_000
+"""Rows of the table of splits that are read at a time: as text, a split takes four times the memory of its subject."""
+
 
 def open_meds(
     source: Path,
@@ -215,26 +218,26 @@ def read_splits(file: Path) -> SubjectSplits:
         dtype = schema[name]
         if not (dtype.is_integer() if name == "subject_id" else isinstance(dtype, pl.String)):
             raise UserError(f"{file}: column {name!r} is {dtype}, expected {expected}; convert it")
-    frame = frame.select(pl.col("subject_id").cast(pl.Int64), "split").drop_nulls()
-    numbers = {name: number for number, name in enumerate(SPLITS)}
-    with readable(file):  # the text of a failed cast quotes ids
-        found = frame.select(pl.col("split").unique()).collect(engine="streaming")["split"].to_list()
-        unknown = sorted(set(found) - set(SPLITS))
-        if not unknown:
-            index = pl.col("split").replace_strict(numbers, return_dtype=pl.Int8)
-            table = frame.select("subject_id", index).collect(engine="streaming")
-    if unknown:
-        word = repr(unknown[0]) if re.fullmatch("[A-Za-z_-]{1,20}", unknown[0]) else "(no word; another column's?)"
-        raise UserError(f"{file}: unknown split {word}, expected {', '.join(SPLITS)}")
-    subjects, splits = table["subject_id"].to_numpy(), table["split"].to_numpy()
-    order = np.argsort(subjects, kind="stable")
-    subjects, splits = subjects[order], splits[order]
-    again = subjects[1:] == subjects[:-1]
-    torn = len(np.unique(subjects[1:][again & (splits[1:] != splits[:-1])]))
+    frame = frame.select(pl.col("subject_id").cast(pl.Int64), "split")
+    index = pl.col("split").replace_strict(dict(zip(SPLITS, range(len(SPLITS)), strict=True)), return_dtype=pl.Int8)
+    pieces: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int8]]] = [(np.zeros(0, np.int64), np.zeros(0, np.int8))]
+    with readable(file):
+        rows = frame.select(pl.len()).collect().item()
+    for start in range(0, rows, SPLIT_ROWS):
+        with readable(file):  # the text of a failed cast quotes ids
+            piece = frame.slice(start, SPLIT_ROWS).collect().drop_nulls()
+        unknown = sorted(set(piece["split"].unique().to_list()) - set(SPLITS))
+        if unknown:
+            found = repr(unknown[0]) if re.fullmatch("[A-Za-z_-]{1,20}", unknown[0]) else "(no word; another column's?)"
+            raise UserError(f"{file}: unknown split {found}, expected {', '.join(SPLITS)}")
+        pieces.append((piece["subject_id"].to_numpy().copy(), piece.select(index)["split"].to_numpy().copy()))
+    subjects, splits = np.concatenate([ids for ids, _ in pieces]), np.concatenate([own for _, own in pieces])
+    del pieces
+    table = SubjectSplits(subjects, splits)
+    torn = table.in_two_splits()
     if torn:
         raise UserError(f"{file}: {torn} subject(s) are in more than one split; each belongs into one")
-    once = np.append(True, ~again)[: len(subjects)]
-    return SubjectSplits(subjects[once], splits[once])
+    return table
 
 
 def _split_of_file(name: str) -> str | None:
