@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 
 from behrt.events import mix64
@@ -131,26 +132,42 @@ def append_bins(events: pl.DataFrame, edges: Mapping[str, list[float]]) -> pl.Da
     """
     if not edges:
         return events
-    table = (
-        pl.DataFrame(
-            [(code, edge, number) for code, own in edges.items() for number, edge in enumerate(own, 2)],
-            schema={"code": pl.String, "edge": pl.Float64, "bin": pl.Int32},
-            orient="row",
-        )
-        .unique(["code", "edge"], keep="last", maintain_order=True)  # equal quantiles leave the bins between them empty
-        .sort("edge")
-    )
+    known = pl.Series(range(len(edges)), dtype=pl.UInt32)
+    number = pl.col("code").replace_strict(list(edges), known, default=None, return_dtype=pl.UInt32)
     value = pl.col("numeric_value").cast(pl.Float64)
-    binned = (
-        events.with_row_index("place")
-        .with_columns(pl.when(value.is_finite()).then(value).alias("value"))
-        .sort("value", nulls_last=True)
-        .join_asof(
-            table, left_on="value", right_on="edge", by="code", strategy="backward", allow_exact_matches=False,
-            check_sortedness=False,
-        )
-        .sort("place")
-    )  # fmt: skip
-    has_bin = pl.col("value").is_not_null() & pl.col("code").is_in(list(edges))
-    suffixed = pl.concat_str("code", pl.lit("//Q"), pl.col("bin").fill_null(1).cast(pl.String))
-    return binned.with_columns(pl.when(has_bin).then(suffixed).otherwise("code").alias("code")).select(events.columns)
+    binned = events.select(number.alias("number"), value.alias("value")).with_row_index("place")
+    binned = binned.filter(pl.col("number").is_not_null() & pl.col("value").is_finite())
+    table = np.full((len(edges), max(map(len, edges.values()))), np.inf)  # [codes, edges]
+    for row, own in zip(table, edges.values(), strict=True):
+        row[: len(own)] = own
+    bins = 1 + edges_below(binned["value"].to_numpy(), table, binned["number"].to_numpy())
+    bin_of_event = np.zeros(len(events), np.int64)
+    bin_of_event[binned["place"].to_numpy()] = bins
+    suffixed = pl.concat_str("code", pl.lit("//Q"), pl.col("bin").cast(pl.String))
+    return (
+        events.with_columns(pl.Series("bin", bin_of_event))
+        .with_columns(pl.when(pl.col("bin") > 0).then(suffixed).otherwise("code").alias("code"))
+        .select(events.columns)
+    )
+
+
+def edges_below(
+    values: npt.NDArray[np.float64], table: npt.NDArray[np.float64], rows: npt.NDArray[np.uint32]
+) -> npt.NDArray[np.int64]:
+    """How many of the edges in its row of the table lie below each value: a bisection of all values at once.
+
+    Args:
+        values: float64 [values].
+        table: float64 [rows, edges], each row in rising order.
+        rows: of each value, its row in the table.
+
+    >>> edges_below(np.array([1.0, 2.5]), np.array([[1.0, 2.0], [2.0, 3.0]]), np.array([0, 1], np.uint32)).tolist()
+    [0, 1]
+    """
+    flat, first = table.reshape(-1), rows.astype(np.int64) * table.shape[1]
+    low, high = np.zeros(len(values), np.int64), np.full(len(values), table.shape[1])
+    while (open_ := low < high).any():
+        middle = (low + high) // 2
+        below = open_ & (flat[np.minimum(first + middle, flat.size - 1)] < values)
+        low, high = np.where(below, middle + 1, low), np.where(open_ & ~below, middle, high)
+    return low
