@@ -164,8 +164,8 @@ def prepare(
     sources: tuple[Path, ...], out: Path, shard: str | None, join: bool, overwrite: bool, as_json: bool, **flags: Any
 ) -> None:
     """Turn records into sequences that training maps into memory; nothing is dropped without being counted."""
-    chosen = {name: value for name, value in flags.items() if value not in (None, (), False)}
-    if join and (chosen or shard):
+    chosen = {name: value for name, value in flags.items() if not (value is None or value is False or value == ())}
+    if join and (chosen or shard is not None):
         name = next(iter(chosen), "shard").replace("_", "-")
         raise UserError(f"--{name}: has no effect with --join, the parts were made with their options; leave it out")
     if len(sources) > 1 and not join:

@@ -76,16 +76,22 @@ def replacing_folder(path: Path, *, mode: int = 0o777, former_to: Path | None = 
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def remains_beside(path: Path, ending: str) -> list[Path]:
+    """What processes have put beside `path` as `.NAME.….ending`; what is beside `path` with a suffix is not of them."""
+    dots = path.name.count(".") + 3
+    return [left for left in path.parent.glob(f".{glob.escape(path.name)}.*.{ending}") if left.name.count(".") == dots]
+
+
 def finish_after_a_kill(path: Path) -> None:
     """Undoes what a process left that was killed in `replacing_folder(path)`; no other may be in it.
 
     Killed between the two renames, it left nothing at `path`: the former folder comes back.
     """
-    for former in path.parent.glob(f".{glob.escape(path.name)}.*.former"):
+    for former in remains_beside(path, "former"):
         if (former / path.name).exists() and not path.exists():
             (former / path.name).replace(path)
         shutil.rmtree(former, ignore_errors=True)
-    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+    for partial in remains_beside(path, "partial"):
         shutil.rmtree(partial, ignore_errors=True)
 
 

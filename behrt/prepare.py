@@ -8,7 +8,6 @@ the output and renamed or removed at the end: no failure leaves half of it.
 
 from __future__ import annotations
 
-import glob
 import logging
 import math
 import shutil
@@ -27,7 +26,7 @@ import pyarrow as pa
 from behrt.cohort import COHORT_FILES
 from behrt.config import UserError, resolved
 from behrt.events import SPLITS, EventSource
-from behrt.files import FolderLock, finish_after_a_kill, is_locked, replacing_folder, write_json
+from behrt.files import FolderLock, finish_after_a_kill, is_locked, remains_beside, replacing_folder, write_json
 from behrt.fingerprint import SourceFile, fingerprint, reading
 from behrt.parallel import default_workers, in_order
 from behrt.parts import Part, PartNumber, is_part, join, load_part, read_info, save_part
@@ -161,7 +160,7 @@ def _clear_remains(out: Path) -> None:
     Raises:
         UserError: a process that is alive prepares into `out`.
     """
-    for spill in out.parent.glob(f".{glob.escape(out.name)}.*.spill"):
+    for spill in remains_beside(out, "spill"):
         if is_locked(spill):
             raise UserError(f"--out {out}: another behrt prepare is writing there; wait for it, or name another folder")
         shutil.rmtree(spill, ignore_errors=True)

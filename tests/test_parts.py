@@ -241,6 +241,18 @@ def test_flags_that_say_nothing_sensible_are_refused(two, capsys, command, messa
     refused(capsys, f"prepare {command} --out out", message)
 
 
+def test_a_preparation_leaves_alone_what_another_has_beside_a_longer_name(two):
+    (two / ".whole.1.abcdefgh.partial").mkdir()
+    (two / ".whole.ijklmnop.partial").mkdir()
+    join_parts([two / "part1", two / "part2"], two / "whole")
+    assert [path.name for path in two.iterdir() if path.name.startswith(".")] == [".whole.1.abcdefgh.partial"]
+
+
+def test_a_flag_of_zero_is_a_flag(two, capsys):
+    refused(capsys, "prepare source --min-tokens 0 --out out", "min_tokens")
+    refused(capsys, "prepare --join part1 part2 --split-seed 0 --out out", "--split-seed: has no effect with --join")
+
+
 def test_a_part_prints_its_report_and_what_comes_next(two, capsys):
     assert main(["prepare", "source", "--shard", "2/2", "--out", "again", "--json"]) == 0
     told = capsys.readouterr()
