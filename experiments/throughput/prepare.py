@@ -85,13 +85,15 @@ def contents(folder: Path) -> dict[str, str]:
     return found
 
 
-def measure_size(source: Path, work: Path, millions: float, parts: int) -> dict[str, Any]:
-    """One row: the set of this size, prepared at once, and in parts that are joined."""
+def measure_size(source: Path, work: Path, millions: float, parts: int, repeats: int) -> dict[str, Any]:
+    """One row: the set of this size, prepared at once (the run of the median seconds), and in parts that are joined."""
     copies = copies_of(source, round(millions * 1e6))
     large, whole, joined = work / "meds", work / "whole", work / "joined"
     events = repeat(source, large, copies)
     row: dict[str, Any] = {"copies": copies, "events": events, "files": copies * len(event_files(source))}
-    row |= run(large, "--out", whole)
+    row["load_before"] = round(os.getloadavg()[0], 1)  # of other programs, if it was not idle
+    runs = sorted((run(large, "--out", whole, "--overwrite") for _ in range(repeats)), key=lambda one: one["seconds"])
+    row |= runs[repeats // 2] | {"fastest_seconds": runs[0]["seconds"], "repeats": repeats}
     row["events_per_second"] = round(events / row["seconds"])
     info = json.loads((whole / "dataset.json").read_text())
     row["subjects"] = info["report"]["subjects_read"]
@@ -134,13 +136,14 @@ def enlarge(source: Path, out: Path, millions: float) -> None:
 @click.option("--work", type=PATH, required=True, help="Folder for the sets and what is made of them; emptied again.")
 @click.option("--millions", type=float, multiple=True, default=(2.2, 10, 30, 100), show_default=True)
 @click.option("--parts", type=int, default=3, show_default=True, help="Prepare in so many parts, too; 0: do not.")
-def measure(source: Path, work: Path, millions: tuple[float, ...], parts: int) -> None:
+@click.option("--repeats", type=click.IntRange(1), default=1, show_default=True, help="Of preparing at once.")
+def measure(source: Path, work: Path, millions: tuple[float, ...], parts: int, repeats: int) -> None:
     """Prepare sets of several sizes, made of the MEDS set SOURCE."""
     for size in millions:
         place = work / f"{size:g}-million"
         place.mkdir(parents=True)
         try:
-            row = measure_size(source, place, size, parts)
+            row = measure_size(source, place, size, parts, repeats)
         finally:
             shutil.rmtree(place, ignore_errors=True)
         save(row)
