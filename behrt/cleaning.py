@@ -68,9 +68,11 @@ class _Sieve:
 
     def keep(self, condition: pl.Expr, otherwise: str) -> None:
         """Keeps the events for which `condition` is true (neither false nor null)."""
-        kept = self.events.filter(condition)
-        self.counts[otherwise] += self.events.height - kept.height
-        self.events = kept
+        keeps = self.events.select(condition.fill_null(False).alias("keeps"))["keeps"]
+        left_out = self.events.height - int(keeps.sum())
+        self.counts[otherwise] += left_out
+        if left_out:  # most reasons occur in few shards, and a filter copies every column
+            self.events = self.events.filter(keeps)
 
     def subjects(self) -> int:
         return self.events["subject_id"].n_unique()
@@ -184,14 +186,21 @@ def clean_events(
 
 
 def _numbered(events: pl.DataFrame) -> pl.DataFrame:
-    """Sorted by subject, visit and time, with visits counted from 1 and ages in years."""
-    new_visit = pl.col("visit") != pl.col("visit").shift(1)
+    """Sorted by subject, visit and time, with visits counted from 1 and ages in years.
+
+    A visit is named by the row of its first event, and rows are in the order of subjects and times (static events ahead
+    of the visit that they join): visits sort as subjects do, and rows as the times within them.
+    """
+    events = events.sort("visit", "row")
+    begins = (pl.col("visit") != pl.col("visit").shift(1)).fill_null(True).cast(pl.Int32).cum_sum()  # over all subjects
+    of_subject = (pl.col("subject_id") != pl.col("subject_id").shift(1)).fill_null(True)
+    before = pl.when(of_subject).then(begins - 1).forward_fill()
     years = (pl.col("time") - pl.col("birth")).dt.total_microseconds() / (86_400e6 * DAYS_PER_YEAR)
-    return events.sort("subject_id", "visit", "time", "row").select(
+    return events.select(
         "subject_id",
         "time",
         "code",
         "numeric_value",
-        new_visit.fill_null(True).cast(pl.Int32).cum_sum().over("subject_id").alias("visit"),
+        (begins - before).alias("visit"),
         years.cast(pl.Float32).fill_null(float("nan")).alias("age"),
     )

@@ -114,7 +114,7 @@ def prepare_option(name: str, help: str, **settings: Any) -> Callable[[Command],
 
 
 @cli.command()
-@click.argument("source", type=PATH)
+@click.argument("sources", type=PATH, nargs=-1, required=True, metavar="SOURCE")
 @click.option("--out", type=PATH, required=True, help="Folder for the prepared records.")
 @prepare_option(
     "format", "Layout of SOURCE: MEDS parquet, or the raw MIMIC-IV tables.", type=click.Choice(["meds", "mimic4"])
@@ -142,25 +142,46 @@ def prepare_option(name: str, help: str, **settings: Any) -> Callable[[Command],
     "What becomes of events without a time; kept ones open the first visit.",
     type=click.Choice(["drop", "keep"]),
 )
+@click.option("--shard", metavar="I/N", help="Prepare one part of N, as on one of N machines; OUT is for --join.")
+@click.option("--join", is_flag=True, help="SOURCE is the folders of all N parts; join them.")
 @click.option("--overwrite", is_flag=True, help="Replace prepared records that are already in OUT.")
 @json_option
-def prepare(source: Path, out: Path, overwrite: bool, as_json: bool, **flags: Any) -> None:
+def prepare(
+    sources: tuple[Path, ...], out: Path, shard: str | None, join: bool, overwrite: bool, as_json: bool, **flags: Any
+) -> None:
     """Turn records into sequences that training maps into memory; nothing is dropped without being counted."""
-    options = PrepareOptions(**{name: value for name, value in flags.items() if value not in (None, ())})
+    chosen = {name: value for name, value in flags.items() if not (value is None or value is False or value == ())}
+    if join and (chosen or shard is not None):
+        name = next(iter(chosen), "shard").replace("_", "-")
+        raise UserError(f"--{name}: has no effect with --join, the parts were made with their options; leave it out")
+    if len(sources) > 1 and not join:
+        raise UserError(f"expected one SOURCE, found {len(sources)}; several are for --join, which joins parts")
+    options = PrepareOptions(**chosen)
 
     from behrt import prepare as preparation
-    from behrt.console import ProgressBar, prepared_tables
+    from behrt.console import ProgressBar, fates_table, prepared_tables
+    from behrt.parts import PartNumber
     from behrt.terminal import stderr_console
 
     console = stderr_console()
     bar = ProgressBar(console)
     try:
-        info = preparation.prepare(source, out, options, overwrite=overwrite, progress=bar.show)
+        if join:
+            info = preparation.join_parts(sources, out, overwrite=overwrite, progress=bar.show)
+        elif shard is not None:
+            place = PartNumber.parse(shard)
+            info = preparation.prepare_part(sources[0], out, place, options, overwrite=overwrite, progress=bar.show)
+        else:
+            info = preparation.prepare(sources[0], out, options, overwrite=overwrite, progress=bar.show)
     finally:
         bar.clear()
-    for table in prepared_tables(info):
+    for table in [fates_table(info)] if shard else prepared_tables(info):
         console.print(table)
-    console.print(f"Prepared in {out}; next: behrt train --data {out}", markup=False)
+    if shard:
+        after = f"Part {place} in {out}; when all are there: behrt prepare --join PART... --out DIR"
+    else:
+        after = f"Prepared in {out}; next: behrt train --data {out}"
+    console.print(after, markup=False)
     if as_json:
         click.echo(json.dumps(info))
 

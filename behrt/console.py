@@ -297,12 +297,17 @@ def result_lines(result: RunResult) -> list[str]:
     return lines
 
 
-def prepared_tables(info: Mapping[str, Any]) -> list[Table]:
-    """What became of the events and subjects, and what each split holds."""
+def fates_table(info: Mapping[str, Any]) -> Table:
+    """What became of the events and subjects."""
     fates = Table("what became of the records", "count")
     fates.columns[1].justify = "right"
     for name, count in report_rows(info["report"]):
         fates.add_row(name, f"{count:,}")
+    return fates
+
+
+def prepared_tables(info: Mapping[str, Any]) -> list[Table]:
+    """What became of the events and subjects, and what each split holds."""
     splits = Table("split", "patients", "visits", "tokens", "mean", "median", "99%", "longest", r"\[UNK]")
     for column in splits.columns[1:]:
         column.justify = "right"
@@ -314,7 +319,7 @@ def prepared_tables(info: Mapping[str, Any]) -> list[Table]:
         numbers = [f"{counts[key]:,}" for key in ("patients", "visits", "tokens")]
         splits.add_row(name, *numbers, *lengths, f"{counts['unk_share']:.1%}")
     splits.caption = f"sequence lengths in tokens; vocabulary {info['vocab_size']:,}"
-    return [fates, splits]
+    return [fates_table(info), splits]
 
 
 def parameter_table(counts: ParameterCounts) -> Table:

@@ -6,11 +6,11 @@ whole subjects, each of bounded size, so that no data set ever needs to fit into
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -45,15 +45,46 @@ class Shard:
     Attributes:
         events: lazy frame with `EVENT_SCHEMA`, in the order of the source.
         file: what an error about this shard names.
+        place: number of the file in its source, and of the shard in the file; shards follow each other in this order.
     """
 
     events: pl.LazyFrame
     file: Path
+    place: tuple[int, int]
 
     def collect(self) -> pl.DataFrame:
         """The shard in memory. Raises `UserError` if the file cannot be read to its end."""
         with readable(self.file):
             return self.events.collect()
+
+
+class SubjectSplits:
+    """The split of each subject, in 9 bytes a subject."""
+
+    def __init__(self, subjects: npt.NDArray[np.int64], splits: npt.NDArray[np.int8]) -> None:
+        """Subjects, int64 [rows], in any order; and the index into `SPLITS` of each, int8 [rows]."""
+        if (subjects[1:] < subjects[:-1]).any():
+            order = np.argsort(subjects)
+            subjects, splits = subjects[order], splits[order]
+        self._subjects, self._splits = subjects, splits
+
+    def in_two_splits(self) -> int:
+        """Subjects that are in more than one split, where there should be none."""
+        torn = (self._subjects[1:] == self._subjects[:-1]) & (self._splits[1:] != self._splits[:-1])
+        return len(np.unique(self._subjects[1:][torn]))
+
+    def among(self, subject_ids: pl.Series) -> pl.DataFrame:
+        """`subject_id` and `split` (Int8, an index into `SPLITS`) of those of the subjects that have a split."""
+        wanted = subject_ids.drop_nulls().unique().sort().to_numpy()
+        places = np.searchsorted(self._subjects, wanted)
+        found = places < len(self._subjects)
+        found[found] = self._subjects[places[found]] == wanted[found]
+        split = pl.Series("split", self._splits[places[found]], dtype=pl.Int8)
+        return pl.DataFrame([pl.Series("subject_id", wanted[found], dtype=pl.Int64), split])
+
+    def names(self) -> dict[int, str]:
+        """The name of each subject's split: for few of them."""
+        return {subject: SPLITS[index] for subject, index in zip(self._subjects.tolist(), self._splits, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -62,17 +93,21 @@ class EventSource:
 
     Attributes:
         name: of the data set.
-        files: every file that was read, for the fingerprint.
+        files: every file that belongs to it, for the fingerprint.
+        read: those of them that were read; all, unless only a part was asked for.
         shards: the events; no subject is in two of them.
-        splits: `subject_id` and `split` (one of `SPLITS`), or None where the source has no splits.
+        splits: of the subjects, or None where the source has no splits.
+        subjects: of a part, the ids in each file of events, int64, each sorted and distinct; empty for those not read.
         counts: rows that the reader itself had to leave out, by reason.
         in_order: whether the source's rows should already be sorted by subject and time.
     """
 
     name: str
     files: tuple[Path, ...]
+    read: tuple[Path, ...]
     shards: tuple[Shard, ...]
-    splits: pl.DataFrame | None = None
+    splits: SubjectSplits | None = None
+    subjects: tuple[npt.NDArray[np.int64], ...] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
     in_order: bool = True
 
@@ -104,12 +139,22 @@ def readable(file: Path, kind: str = "parquet") -> Iterator[None]:
         raise UserError(f"{file}: cannot be read as {kind}: truncated, damaged or another format") from None
 
 
+_DETOUR = threading.RLock()
+"""There is one standard error: two threads that lead it elsewhere would lose it."""
+
+
 @contextmanager
 def _without_panic_report() -> Iterator[None]:
     """Keeps back what polars writes to the standard error as it panics: a page of addresses, and values of records.
 
-    The report does not pass through Python, hence the detour of the file descriptor itself.
+    The report does not pass through Python, hence the detour of the file descriptor itself. One thread at a time.
     """
+    with _DETOUR, _standard_error_kept():
+        yield
+
+
+@contextmanager
+def _standard_error_kept() -> Iterator[None]:
     try:
         terminal = os.dup(2)
     except OSError:  # it is closed, and nothing can be written there
@@ -214,15 +259,3 @@ def split_by_hash(
     seeded = subject_ids.astype(np.int64).view(np.uint64) ^ mix64(np.array([seed], np.uint64))
     uniform = (mix64(seeded) >> np.uint64(11)).astype(np.float64) / 2.0**53  # [0, 1)
     return np.searchsorted(np.cumsum(shares)[:2], uniform, side="right").astype(np.int8)
-
-
-def fingerprint(files: Sequence[Path], root: Path) -> str:
-    """SHA-256 over the names (relative to `root`), sizes and contents of the files, in the order of their names."""
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        name = file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
-        digest.update(f"{name}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()

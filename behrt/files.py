@@ -76,16 +76,22 @@ def replacing_folder(path: Path, *, mode: int = 0o777, former_to: Path | None = 
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def remains_beside(path: Path, ending: str) -> list[Path]:
+    """What processes have put beside `path` as `.NAME.….ending`; what is beside `path` with a suffix is not of them."""
+    dots = path.name.count(".") + 3
+    return [left for left in path.parent.glob(f".{glob.escape(path.name)}.*.{ending}") if left.name.count(".") == dots]
+
+
 def finish_after_a_kill(path: Path) -> None:
     """Undoes what a process left that was killed in `replacing_folder(path)`; no other may be in it.
 
     Killed between the two renames, it left nothing at `path`: the former folder comes back.
     """
-    for former in path.parent.glob(f".{glob.escape(path.name)}.*.former"):
+    for former in remains_beside(path, "former"):
         if (former / path.name).exists() and not path.exists():
             (former / path.name).replace(path)
         shutil.rmtree(former, ignore_errors=True)
-    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+    for partial in remains_beside(path, "partial"):
         shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -155,24 +161,22 @@ def write_checksums(folder: Path, name: str, files: Iterable[Path]) -> None:
     write_text(folder / name, "".join(lines))
 
 
-def verify_checksums(folder: Path, name: str) -> None:
-    """Raises `UserError` unless every file that `folder / name` lists is as it was when that was written."""
+def verify_checksums(folder: Path, name: str, *, remedy: str = "choose another checkpoint") -> None:
+    """Raises `UserError`, which ends in `remedy`, unless every file that `folder / name` lists is as it was then."""
     try:
         lines = (folder / name).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
-        raise UserError(f"{folder / name}: is missing or damaged; choose another checkpoint") from None
+        raise UserError(f"{folder / name}: is missing or damaged; {remedy}") from None
     for line in lines:
         digest, _, file = line.partition("  ")
         if not file or Path(file).is_absolute() or ".." in Path(file).parts:
-            raise UserError(f"{folder / name}: is damaged; choose another checkpoint")
+            raise UserError(f"{folder / name}: is damaged; {remedy}")
         try:
             found = sha256_of_file(folder / file)
         except OSError:
-            raise UserError(f"{folder / file}: is missing; choose another checkpoint") from None
+            raise UserError(f"{folder / file}: is missing; {remedy}") from None
         if found != digest:
-            raise UserError(
-                f"{folder / file}: was changed since it was written, or is damaged; choose another checkpoint"
-            )
+            raise UserError(f"{folder / file}: was changed since it was written, or is damaged; {remedy}")
 
 
 def sha256_of_file(path: Path) -> str:

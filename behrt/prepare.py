@@ -1,19 +1,20 @@
 """How do records become prepared sequences on disk?
 
-Two streaming passes, one shard in memory at a time. The first cleans each shard and spills it; the codes of the
-training patients are then counted, the vocabulary (and the value bins) fitted; the second pass turns the spilled events
-into sequences. Folders are made beside the output and renamed or removed at the end: no failure leaves half of it.
+Two streaming passes over the shards, as many in memory at a time as there are threads. The first cleans each shard and
+spills it, and counts the codes of the training patients; then the vocabulary (and the value bins) is fitted; the second
+pass turns the spilled events into sequences. The first pass can be shared out over machines. Folders are made beside
+the output and renamed or removed at the end: no failure leaves half of it.
 """
 
 from __future__ import annotations
 
-import glob
 import logging
+import math
 import shutil
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
-from behrt.cleaning import EVENT_FATES, NOTES, SUBJECT_FATES, clean_events
-from behrt.coding import ValueSample, append_bins
 from behrt.cohort import COHORT_FILES
 from behrt.config import UserError, resolved
-from behrt.events import SPLITS, EventSource, fingerprint, is_in_order, split_by_hash
-from behrt.files import FolderLock, finish_after_a_kill, is_locked, replacing_folder, write_json
+from behrt.events import SPLITS, EventSource
+from behrt.files import FolderLock, finish_after_a_kill, is_locked, remains_beside, replacing_folder, write_json
+from behrt.fingerprint import SourceFile, fingerprint, reading
+from behrt.parallel import default_workers, in_order
+from behrt.parts import Part, PartNumber, is_part, join, load_part, read_info, save_part
 from behrt.prepare_options import PrepareOptions
 from behrt.sequences import (
     FORMAT,
@@ -40,66 +42,106 @@ from behrt.sequences import (
 )
 from behrt.sources.meds import open_meds
 from behrt.sources.mimic import open_mimic
+from behrt.spill import Progress, Spilled, clean_and_spill, count_patients, read_spilled
 from behrt.vocabulary import UNK, Vocabulary
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]
-"""Called with a stage, the steps done and all steps of that stage."""
-
 
 def prepare(
-    source: Path, out: Path, options: PrepareOptions, *, overwrite: bool = False, progress: Progress | None = None
+    source: Path,
+    out: Path,
+    options: PrepareOptions,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    workers: int | None = None,
 ) -> dict[str, Any]:
     """Prepares the records under `source` into the folder `out` (readable by its owner only).
 
     Args:
         overwrite: replace `out` if it already holds prepared records.
+        workers: shards that are worked on at the same time; as many as there are cores, at most four, by default.
 
     Returns:
-        The contents of `dataset.json`; the same input and options give the same bytes in every file.
+        The contents of `dataset.json`; the same input and options give the same bytes in every file, whatever the
+        number of workers.
 
     Raises:
         UserError: the source cannot be read or does not fit the options, or `out` is in the way.
     """
-    report = progress or (lambda stage, done, steps: None)
-    _clear_remains(out)
-    _check_places(source, out, overwrite)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        spill = tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".spill", dir=out.parent)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written beside: {error.strerror}") from None
-    with spill as scratch, ExitStack() as stack:
-        stack.callback(FolderLock(Path(scratch)).release)  # as long as it is held, this process is alive
-        report("indexing", 0, 1)
-        if options.format == "mimic4":
-            tables = Path(scratch) / "tables"
-            tables.mkdir()
-            events = open_mimic(source, tables, labs=options.labs)
-        else:
-            events = open_meds(source, options.column)
-        root = source if source.is_dir() else source.parent
-        source_info = {"name": events.name, "sha256": fingerprint(events.files, root), "files": len(events.files)}
-        report("indexing", 1, 1)
-        spilled, counts, sample = _clean_and_spill(events, Path(scratch), options, report)
-        vocabulary = _fit_vocabulary(spilled, sample, options, report)
+    report, workers = progress or silent, workers or default_workers()
+    _refuse_no_source(source)
+    with _place_to_work(out, [source], overwrite) as scratch:
+        found, files, spilled = _read(source, scratch, options, None, report, workers)
+        origin = _Origin(found.name, files, options, _metadata(source))
+        return _write(origin, spilled, out, report, workers)
+
+
+def prepare_part(
+    source: Path,
+    out: Path,
+    place: PartNumber,
+    options: PrepareOptions,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    workers: int | None = None,
+) -> dict[str, Any]:
+    """Prepares one part of the records, of MEDS files, into the folder `out`: cleaned events for `join_parts`.
+
+    Returns:
+        The contents of `part.json`.
+
+    Raises:
+        UserError: as of `prepare`; or the source is not MEDS, or has fewer files than there are parts.
+    """
+    report, workers = progress or silent, workers or default_workers()
+    if options.format != "meds":
+        raise UserError(f"--shard: is for --format meds; the tables of {options.format} are converted as a whole")
+    _refuse_no_source(source)
+    with _place_to_work(out, [source], overwrite) as scratch:
+        found, files, spilled = _read(source, scratch, options, place, report, workers)
         with replacing_folder(out, mode=0o700) as folder:
-            splits = _write_sequences(spilled, folder, vocabulary, report)
-            vocabulary.save(folder / VOCABULARY_FILE)
-            _copy_cohort(root, folder)
-            info = {
-                "format": FORMAT,
-                "format_version": FORMAT_VERSION,
-                "name": events.name,
-                "source": source_info,
-                "options": options.model_dump(mode="json"),
-                "vocab_size": len(vocabulary),
-                "splits": splits,
-                "report": counts,
-            }
-            write_json(folder / INFO_FILE, info)
-    return info
+            for file in spilled.files:
+                file.replace(folder / file.name)
+            _copy_cohort(_metadata(source), folder)
+            part = Part(folder, place, found.name, tuple(files), options, found.subjects, spilled)
+            return save_part(part)
+
+
+def join_parts(
+    folders: Sequence[Path],
+    out: Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    workers: int | None = None,
+) -> dict[str, Any]:
+    """Joins all parts of a preparation into the folder `out`: the bytes that `prepare` would have written at once.
+
+    Returns:
+        The contents of `dataset.json`.
+
+    Raises:
+        UserError: a folder holds no part or a damaged one, they do not make a whole, or `out` is in the way.
+    """
+    report, workers = progress or silent, workers or default_workers()
+    for folder in folders:
+        read_info(folder)  # what is no part at all is told before anything else
+    with _place_to_work(out, folders, overwrite):
+        found = []
+        report("checking parts", 0, len(folders))
+        for done, part in enumerate(in_order(load_part, folders, workers=workers), 1):
+            found.append(part)
+            report("checking parts", done, len(folders))
+        files, spilled = join(found)
+        origin = _Origin(found[0].name, files, found[0].options, found[0].folder)
+        return _write(origin, spilled, out, report, workers)
+
+
+def silent(stage: str, done: int, steps: int) -> None:
+    """Shows no progress."""
 
 
 def report_rows(report: Mapping[str, int]) -> list[tuple[str, int]]:
@@ -118,23 +160,41 @@ def _clear_remains(out: Path) -> None:
     Raises:
         UserError: a process that is alive prepares into `out`.
     """
-    for spill in out.parent.glob(f".{glob.escape(out.name)}.*.spill"):
+    for spill in remains_beside(out, "spill"):
         if is_locked(spill):
             raise UserError(f"--out {out}: another behrt prepare is writing there; wait for it, or name another folder")
         shutil.rmtree(spill, ignore_errors=True)
     finish_after_a_kill(out)
 
 
-def _check_places(source: Path, out: Path, overwrite: bool) -> None:
-    """Refuses an output that would destroy, or be mistaken for, something else."""
+def _refuse_no_source(source: Path) -> None:
     if not source.exists():
         raise UserError(f"{source}: no such file or folder; expected the records to prepare")
-    here = source.resolve()
+
+
+@contextmanager
+def _place_to_work(out: Path, sources: Sequence[Path], overwrite: bool) -> Iterator[Path]:
+    """A folder beside `out` for what is spilled, private, locked, and removed at the end."""
+    _clear_remains(out)
+    _check_places(sources, out, overwrite)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        spill = tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".spill", dir=out.parent)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written beside: {error.strerror}") from None
+    with spill as scratch, ExitStack() as stack:
+        stack.callback(FolderLock(Path(scratch)).release)  # as long as it is held, this process is alive
+        yield Path(scratch)
+
+
+def _check_places(sources: Sequence[Path], out: Path, overwrite: bool) -> None:
+    """Refuses an output that would destroy, or be mistaken for, something else."""
+    places = [source.resolve() for source in sources]
     try:
         there = resolved(out)
     except UserError as error:
         raise UserError(f"--out {error}") from None
-    if there == here or there.is_relative_to(here):
+    if any(there.is_relative_to(here) for here in places):
         raise UserError(f"--out {out}: is the source or lies inside it; name a folder elsewhere")
     if not out.exists():
         return
@@ -142,133 +202,186 @@ def _check_places(source: Path, out: Path, overwrite: bool) -> None:
         raise UserError(f"--out {out}: is a file, expected a folder that does not exist yet")
     if not any(out.iterdir()):
         return
-    if here.is_relative_to(there):
+    if any(here.is_relative_to(there) for here in places):
         raise UserError(f"--out {out}: holds the source; name a folder elsewhere")
-    if not is_prepared(out):
+    if not is_prepared(out) and not is_part(out):
         raise UserError(f"--out {out}: holds something other than prepared records; name an empty or a new folder")
     if not overwrite:
-        raise UserError(f"--out {out}: already holds prepared records; replace them with --overwrite, or name another")
+        what = "prepared records" if is_prepared(out) else "a part of prepared records"
+        raise UserError(f"--out {out}: already holds {what}; replace them with --overwrite, or name another")
 
 
-def _clean_and_spill(
-    source: EventSource, scratch: Path, options: PrepareOptions, report: Progress
-) -> tuple[list[Path], dict[str, int], ValueSample]:
-    """First pass: one file of cleaned events per shard, with `split` (index into `SPLITS`); the counts; the values."""
-    counts: Counter[str] = Counter()
-    sample = ValueSample()
-    spilled: list[Path] = []
-    for number, shard in enumerate(source.shards):
-        report("cleaning", number, len(source.shards))
-        events = shard.collect()
-        if source.in_order and not is_in_order(events):
-            counts["unsorted_shards"] += 1
-        cleaned, fates = clean_events(events, options, source.splits)
-        counts.update(fates)
-        if options.missing_birth == "refuse" and counts["subjects_without_birth"]:
-            continue  # only their number still matters
-        cleaned = _with_split(cleaned, source.splits, options)
-        if options.numeric_bins is not None:
-            sample.add(cleaned.filter(pl.col("split") == 0))
-        path = scratch / f"{number:06}.arrow"
-        cleaned.write_ipc(path, compression="lz4")
-        spilled.append(path)
-    report("cleaning", len(source.shards), len(source.shards))
-    if options.missing_birth == "refuse" and counts["subjects_without_birth"]:
-        raise UserError(
-            f"{counts['subjects_without_birth']} of {counts['subjects_read']} subjects have no {options.birth_code} "
-            "event, so their ages are unknown; name the right code with --birth-code, leave them out with "
-            "--missing-birth drop, or keep them without ages with --missing-birth keep"
-        )
-    names = ("events_read", *EVENT_FATES, "subjects_read", *SUBJECT_FATES, *NOTES)
-    return spilled, {name: counts[name] for name in names} | dict(source.counts), sample
+def _read(
+    source: Path, scratch: Path, options: PrepareOptions, place: PartNumber | None, report: Progress, workers: int
+) -> tuple[EventSource, list[SourceFile], Spilled]:
+    """First pass: what the source is, its files, and the cleaned events."""
+    report("indexing", 0, 1)
+    if options.format == "mimic4":
+        tables = scratch / "tables"
+        tables.mkdir()
+        events = open_mimic(source, tables, labs=options.labs)
+    else:
+        events = open_meds(source, options.column, part=None if place is None else (place.number, place.parts))
+    report("indexing", 1, 1)
+    root = source if source.is_dir() else source.parent
+    with reading(events.files, events.read, root) as digested:
+        spilled = clean_and_spill(events, scratch, options, report, workers=workers)
+        return events, digested.result(), spilled
 
 
-def _with_split(events: pl.DataFrame, splits: pl.DataFrame | None, options: PrepareOptions) -> pl.DataFrame:
-    """Adds `split`, Int8, by the source's own splits or by the hash of the subject."""
-    if splits is None:
-        index = split_by_hash(events["subject_id"].to_numpy(), options.shares, options.split_seed)
-        return events.with_columns(pl.Series("split", index, dtype=pl.Int8))
-    numbers = {name: number for number, name in enumerate(SPLITS)}
-    numbered = splits.with_columns(pl.col("split").replace_strict(numbers, return_dtype=pl.Int8))
-    return events.join(numbered, on="subject_id", how="left", maintain_order="left")
+def _metadata(source: Path) -> Path:
+    """Where a simulated cohort describes itself."""
+    return (source if source.is_dir() else source.parent) / "metadata"
 
 
-def _read_spilled(path: Path, vocabulary_edges: Mapping[str, list[float]]) -> pl.DataFrame:
-    return append_bins(pl.read_ipc(path), vocabulary_edges)
+@dataclass(frozen=True)
+class _Origin:
+    """What prepared records were made of, and how.
+
+    Attributes:
+        name: of the data set.
+        files: of the source.
+        metadata: folder that holds the description of a simulated cohort, if it is one.
+    """
+
+    name: str
+    files: Sequence[SourceFile]
+    options: PrepareOptions
+    metadata: Path
 
 
-def _fit_vocabulary(spilled: list[Path], sample: ValueSample, options: PrepareOptions, report: Progress) -> Vocabulary:
-    """The vocabulary of the training patients. A subject lies in one shard, so that patients per code add up."""
-    edges = {} if options.numeric_bins is None else sample.bin_edges(options.numeric_bins, options.min_patients)
-    counts = pl.DataFrame(schema={"code": pl.String, "patients": pl.Int64})
-    for number, path in enumerate(spilled):
-        report("counting codes", number, len(spilled))
-        train = _read_spilled(path, edges).filter(pl.col("split") == 0).select("subject_id", "code").unique()
-        own = train.group_by("code").agg(pl.len().cast(pl.Int64).alias("patients"))
-        counts = pl.concat([counts, own]).group_by("code").agg(pl.col("patients").sum())
-    report("counting codes", len(spilled), len(spilled))
-    if counts.is_empty():
+def _write(origin: _Origin, spilled: Spilled, out: Path, report: Progress, workers: int) -> dict[str, Any]:
+    """Fits the vocabulary and writes the prepared records; the contents of `dataset.json`."""
+    vocabulary = _fit_vocabulary(spilled, origin.options, report, workers)
+    with replacing_folder(out, mode=0o700) as folder:
+        splits = _write_sequences(spilled.files, folder, vocabulary, report, workers)
+        vocabulary.save(folder / VOCABULARY_FILE)
+        _copy_cohort(origin.metadata, folder)
+        info = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "name": origin.name,
+            "source": {"name": origin.name, "sha256": fingerprint(origin.files), "files": len(origin.files)},
+            "options": origin.options.model_dump(mode="json"),
+            "vocab_size": len(vocabulary),
+            "splits": splits,
+            "report": spilled.report(),
+        }
+        write_json(folder / INFO_FILE, info)
+    return info
+
+
+def _fit_vocabulary(spilled: Spilled, options: PrepareOptions, report: Progress, workers: int) -> Vocabulary:
+    """The vocabulary of the training patients."""
+    edges: dict[str, list[float]] = {}
+    patients = spilled.patients
+    report("counting codes", 0, len(spilled.files))
+    if options.numeric_bins is not None:
+        edges = spilled.values.bin_edges(options.numeric_bins, options.min_patients)
+        patients = count_patients(spilled.files, edges, report, workers=workers)
+    report("counting codes", len(spilled.files), len(spilled.files))
+    if not patients:
         raise UserError(
             "no training patient is left, so no vocabulary can be fitted; check the splits of the source (or --split), "
             "--include, --exclude and --min-tokens"
         )
+    counts = pl.DataFrame(
+        {"code": list(patients), "patients": list(patients.values())},
+        schema={"code": pl.String, "patients": pl.Int64},
+    )
     return Vocabulary.fit(counts, min_patients=options.min_patients, bin_edges=edges)
 
 
+@dataclass(frozen=True)
+class _SplitOfShard:
+    """The sequences of one split in one shard: `SEQUENCE_SCHEMA`, and their codes, all and `[UNK]` ones."""
+
+    split: str
+    batch: pa.RecordBatch
+    codes: int
+    unknown: int
+
+
 def _write_sequences(
-    spilled: list[Path], folder: Path, vocabulary: Vocabulary, report: Progress
+    files: Sequence[Path], folder: Path, vocabulary: Vocabulary, report: Progress, workers: int
 ) -> dict[str, dict[str, Any]]:
     """Second pass: the Arrow files, and the counts of each split."""
-    lengths: dict[str, list[npt.NDArray[np.int64]]] = {split: [] for split in SPLITS}
-    totals: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
+
+    def build(path: Path) -> list[_SplitOfShard]:
+        events = read_spilled(path, vocabulary.bin_edges)
+        events = events.with_columns(vocabulary.encode(events["code"]).alias("id"))
+        built = []
+        for index, split in enumerate(SPLITS):
+            own = events.filter(pl.col("split") == index)
+            if not own.is_empty():
+                ids = own["id"].to_numpy()
+                built.append(_SplitOfShard(split, build_sequences(own, ids), len(ids), int((ids == UNK).sum())))
+        return built
+
+    counted = {split: _SplitCounts() for split in SPLITS}
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(pa.ipc.new_file(str(folder / f"{split}.arrow"), SEQUENCE_SCHEMA))
             for split in SPLITS
         }
-        for number, path in enumerate(spilled):
-            report("writing", number, len(spilled))
-            events = _read_spilled(path, vocabulary.bin_edges)
-            events = events.with_columns(vocabulary.encode(events["code"]).alias("id"))
-            for index, split in enumerate(SPLITS):
-                own = events.filter(pl.col("split") == index)
-                if own.is_empty():
-                    continue
-                ids = own["id"].to_numpy()
-                batch = build_sequences(own, ids)
-                sequences: Any = batch.column("codes")
-                writers[split].write_batch(batch)
-                lengths[split].append(np.diff(sequences.offsets.to_numpy()).astype(np.int64))
-                tokens = int(lengths[split][-1].sum())
-                patients = batch.num_rows
-                totals[split].update(
-                    patients=patients,
-                    visits=tokens - len(ids) - patients,  # a [SEP] each
-                    tokens=tokens,
-                    codes=len(ids),
-                    unknown=int((ids == UNK).sum()),
-                )
-    report("writing", len(spilled), len(spilled))
-    return {split: _split_counts(totals[split], lengths[split]) for split in SPLITS}
+        report("writing", 0, len(files))
+        for done, built in enumerate(in_order(build, files, workers=workers), 1):
+            for own in built:
+                writers[own.split].write_batch(own.batch)
+                counted[own.split].add(own)
+            report("writing", done, len(files))
+    return {split: counts.described() for split, counts in counted.items()}
 
 
-def _split_counts(totals: Mapping[str, int], lengths: list[npt.NDArray[np.int64]]) -> dict[str, Any]:
-    """Counts of one split; lengths are tokens per sequence, special tokens included."""
-    counts: dict[str, Any] = {name: totals[name] for name in ("patients", "visits", "tokens", "codes")}
-    counts["unk_share"] = round(totals["unknown"] / max(1, totals["codes"]), 6)
-    every = np.concatenate([np.zeros(0, np.int64), *lengths])
-    if len(every):
-        counts["sequence_length"] = {"mean": round(float(every.mean()), 3)} | {
-            f"p{share}": int(np.quantile(every, share / 100, method="higher")) for share in (50, 90, 99)
-        } | {"max": int(every.max())}  # fmt: skip
-    else:
-        counts["sequence_length"] = None
-    return counts
+class _SplitCounts:
+    """Counts of one split. Lengths are kept as how many sequences have each, which does not grow with the patients."""
+
+    def __init__(self) -> None:
+        self._codes = self._unknown = 0
+        self._of_length = np.zeros(0, np.int64)  # [longest + 1], sequences
+
+    def add(self, own: _SplitOfShard) -> None:
+        self._codes += own.codes
+        self._unknown += own.unknown
+        sequences: Any = own.batch.column("codes")
+        found = np.bincount(np.diff(sequences.offsets.to_numpy()), minlength=len(self._of_length))
+        found[: len(self._of_length)] += self._of_length
+        self._of_length = found
+
+    def described(self) -> dict[str, Any]:
+        """As in `dataset.json`; lengths are tokens per sequence, special tokens included."""
+        patients = int(self._of_length.sum())
+        tokens = int(self._of_length @ np.arange(len(self._of_length)))
+        visits = tokens - self._codes - patients  # a [SEP] each
+        return {
+            "patients": patients,
+            "visits": visits,
+            "tokens": tokens,
+            "codes": self._codes,
+            "unk_share": round(self._unknown / max(1, self._codes), 6),
+            "sequence_length": lengths_described(self._of_length) if patients else None,
+        }
 
 
-def _copy_cohort(root: Path, folder: Path) -> None:
+def lengths_described(of_length: npt.NDArray[np.int64]) -> dict[str, float]:
+    """Mean, quantiles and maximum of lengths, of which `of_length[n]` are `n`.
+
+    Quantiles are the length at rank `ceil(share * (count - 1))`, numpy's method `higher`.
+
+    >>> lengths_described(np.array([0, 0, 0, 2, 1]))
+    {'mean': 3.333, 'p50': 3, 'p90': 4, 'p99': 4, 'max': 4}
+    """
+    up_to = np.cumsum(of_length)
+    count = int(up_to[-1])
+    ranks = {share: math.ceil(share / 100 * (count - 1)) for share in (50, 90, 99)}
+    mean = int(of_length @ np.arange(len(of_length))) / count
+    quantiles = {f"p{share}": int(np.searchsorted(up_to, rank, side="right")) for share, rank in ranks.items()}
+    return {"mean": round(mean, 3)} | quantiles | {"max": int(np.flatnonzero(of_length)[-1])}
+
+
+def _copy_cohort(metadata: Path, folder: Path) -> None:
     """Takes a simulated cohort's description along; its floor is computed from it."""
-    found = [root / "metadata" / name for name in COHORT_FILES]
+    found = [metadata / name for name in COHORT_FILES]
     if all(path.is_file() for path in found):
         for path in found:
             shutil.copyfile(path, folder / path.name)

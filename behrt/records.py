@@ -22,9 +22,10 @@ from behrt.floor import Floor, exact_floor
 from behrt.history import Baselines
 from behrt.masking import FIXED_SEED, Stream, stream
 from behrt.metrics import chance_loss, copying_loss, unigram, unigram_loss_and_accuracy
-from behrt.prepare import Progress, prepare
+from behrt.prepare import prepare
 from behrt.prepare_options import PrepareOptions
 from behrt.sequences import PreparedData, PreparedSplit, open_prepared
+from behrt.spill import Progress
 from behrt.vocabulary import FIRST_CODE
 
 SHORTEST_ROW = 128

@@ -26,6 +26,8 @@ FORMAT = "behrt-prepared"
 FORMAT_VERSION = 1
 INFO_FILE = "dataset.json"
 VOCABULARY_FILE = "vocabulary.json"
+PART_FILE = "part.json"
+"""Describes one part of a preparation (`parts.py`), which is no prepared data yet."""
 
 SEQUENCE_SCHEMA = pa.schema(
     [
@@ -229,6 +231,10 @@ def read_info(folder: Path) -> dict[str, Any]:
     path = folder / INFO_FILE
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; make it with `behrt prepare SOURCE --out {folder}`")
+    if not path.is_file() and (folder / PART_FILE).is_file():
+        raise UserError(
+            f"{folder}: is one part of a preparation; join its parts first: `behrt prepare --join PART... --out DIR`"
+        )
     if not path.is_file():
         raise UserError(f"{folder}: no {INFO_FILE} in it; expected a folder made by `behrt prepare`")
     if not is_prepared(folder):

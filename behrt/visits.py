@@ -86,4 +86,5 @@ def assign_visits(events: pl.DataFrame, options: PrepareOptions) -> tuple[pl.Dat
     begins = (pl.col("subject_id") != pl.col("subject_id").shift(1)) | pause
     gaps = begins.fill_null(True).cast(pl.Int64).cum_sum()
     parts.append(rest.with_columns(first_row.over(gaps).alias("visit")))
-    return pl.concat(parts).sort("row"), unclosed
+    parts = [part for part in parts if not part.is_empty()] or parts[:1]
+    return (parts[0] if len(parts) == 1 else pl.concat(parts).sort("row")), unclosed

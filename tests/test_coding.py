@@ -73,6 +73,26 @@ def test_a_sample_does_not_depend_on_the_shards(monkeypatch):
     assert np.allclose(exact.bin_edges(5, min_patients=1)["L"], edges["L"], atol=0.8)
 
 
+def test_a_sample_that_is_settled_again_and_again_holds_the_smallest_hashes(monkeypatch):
+    monkeypatch.setattr(coding, "MAX_SAMPLE", 7)
+    monkeypatch.setattr(coding, "MAX_NEW", 10)
+    generator = np.random.default_rng(4)
+    shards = [
+        pl.concat(
+            [values(code, generator.normal(size=9), subject=10 * n) for code in generator.permutation(list("LMN"))]
+        )
+        for n in range(12)
+    ]
+    sample, other = ValueSample(), ValueSample()
+    for shard in shards:
+        sample.add(shard)
+    every = coding.hashed_values(pl.concat(shards))
+    expected = every.sort("code", "hash").group_by("code", maintain_order=True).head(7)
+    assert sample.table().equals(expected.select(every.columns).sort(every.columns))
+    other.add_hashed(sample.table())  # as a part brings it
+    assert other.table().equals(sample.table())
+
+
 def test_values_of_few_patients_give_no_edges():
     sample = ValueSample()
     sample.add(pl.concat([values("RARE", range(50), patients=4), values("COMMON", range(50), patients=5)]))

@@ -1,10 +1,13 @@
-"""Events: order, shards, splits, fingerprint."""
+"""Events: order, shards, splits."""
+
+import os
+import threading
 
 import numpy as np
 import polars as pl
 import pytest
 
-from behrt.events import fingerprint, is_in_order, split_by_hash, subject_ranges
+from behrt.events import SPLITS, SubjectSplits, is_in_order, readable, split_by_hash, subject_ranges
 
 from .small_records import day, events
 
@@ -50,14 +53,44 @@ def test_order_means_by_subject_then_time_with_static_events_first():
     assert not is_in_order(events((1, day(1), "A"), (1, day(0), "A")))
 
 
-def test_the_fingerprint_sees_names_and_contents_but_not_the_place(tmp_path):
-    def digest(folder: str, name: str, content: bytes) -> str:
-        (tmp_path / folder).mkdir(exist_ok=True)
-        file = tmp_path / folder / name
-        file.write_bytes(content)
-        return fingerprint([file], tmp_path / folder)
+def test_the_splits_of_a_shard_are_those_of_its_subjects():
+    generator = np.random.default_rng(0)
+    subjects = generator.choice(1000, 300, replace=False) - 500
+    numbers = generator.integers(0, 3, 300)
+    table = SubjectSplits(subjects.astype(np.int64), numbers.astype(np.int8))
+    expected = dict(zip(subjects.tolist(), numbers.tolist(), strict=True))
+    asked = [None, *generator.integers(-600, 600, 200).tolist()]
+    found = table.among(pl.Series(asked, dtype=pl.Int64))
+    assert dict(found.iter_rows()) == {subject: expected[subject] for subject in asked if subject in expected}
+    assert found["subject_id"].is_unique().all()
+    assert table.names() == {subject: SPLITS[number] for subject, number in expected.items()}
+    assert SubjectSplits(subjects[:0].astype(np.int64), numbers[:0].astype(np.int8)).among(pl.Series([1])).is_empty()
 
-    here = digest("here", "a", b"12")
-    assert digest("there", "a", b"12") == here
-    assert digest("here", "b", b"12") != here
-    assert digest("here", "a", b"13") != here
+
+def test_subjects_in_two_splits_are_counted_wherever_their_rows_are():
+    subjects, splits = np.array([5, 3, 5, 3, 4, 5], np.int64), np.array([0, 1, 2, 1, 0, 0], np.int8)
+    assert SubjectSplits(subjects, splits).in_two_splits() == 1
+    assert SubjectSplits(subjects[1:2], splits[1:2]).in_two_splits() == 0
+
+
+def test_threads_that_read_at_the_same_time_leave_the_standard_error_where_it_was(tmp_path):
+    before = os.fstat(2)
+    inside, may_leave = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with readable(tmp_path):
+            inside.set()
+            may_leave.wait(0.2)  # another thread comes in, if it can, and leaves after this one
+
+    def second() -> None:
+        inside.wait()
+        with readable(tmp_path):
+            may_leave.set()
+            one.join(0.2)
+
+    one, other = threading.Thread(target=first), threading.Thread(target=second)
+    one.start()
+    other.start()
+    one.join()
+    other.join()
+    assert os.path.samestat(os.fstat(2), before)

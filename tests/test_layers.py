@@ -9,12 +9,12 @@ PACKAGE = Path(__file__).resolve().parents[1] / "behrt"
 
 # One row a layer, from the data to the command line; inside a row a file may import from those to its left.
 LAYERS = (
-    ("config", "files", "imports", "devices", "prepare_options", "events"),
+    ("config", "files", "imports", "devices", "prepare_options", "events", "fingerprint", "parallel"),
     (
         "coding", "visits", "cleaning", "sources.meds", "sources.mimic", "vocabulary",
         "population", "cohort", "floor", "metrics",
     ),
-    ("sequences", "prepare", "masking", "batches"),
+    ("sequences", "spill", "parts", "prepare", "masking", "batches"),
     ("cheap_layers", "attention", "model", "lora", "parameters"),
     ("checkpoints", "history", "tracking", "feeding", "feeder", "runs", "sync"),
     ("optimizer", "trainer", "cooccurrence", "records"),

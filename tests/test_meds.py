@@ -1,5 +1,8 @@
 """The MEDS reader: layouts, dtypes, renames, splits, shards."""
 
+import importlib.util
+from pathlib import Path
+
 import polars as pl
 import pytest
 
@@ -60,7 +63,7 @@ def test_splits_come_from_the_file_that_meds_names(tmp_path):
     splits = {1: "train", 2: "tuning", 3: "held_out", 4: "train"}
     source = open_meds(write_meds(tmp_path / "set", frame, splits=splits), {})
     assert source.splits is not None
-    assert dict(source.splits.iter_rows()) == splits
+    assert source.splits.names() == splits
 
 
 @pytest.mark.parametrize("above", ["", "data"])
@@ -72,10 +75,30 @@ def test_splits_come_from_folders_named_for_them(tmp_path, above):
         frame.filter(pl.col("subject_id") == subject).write_parquet(folder / "0.parquet")
     source = open_meds(tmp_path / "set", {})
     assert source.splits is not None
-    assert dict(source.splits.iter_rows()) == {1: "train", 2: "tuning", 3: "held_out"}
+    assert source.splits.names() == {1: "train", 2: "tuning", 3: "held_out"}
 
 
 def test_no_splits_are_made_up_for_one_file_or_a_folder_of_files(tmp_path):
     plain_events().write_parquet(tmp_path / "events.parquet")
     assert open_meds(tmp_path / "events.parquet", {}).splits is None
     assert open_meds(tmp_path, {}).splits is None
+
+
+def test_an_enlarged_set_repeats_every_history_under_ids_of_its_own(tmp_path):
+    path = Path(__file__).resolve().parents[1] / "experiments" / "throughput" / "prepare.py"
+    spec = importlib.util.spec_from_file_location("measure_prepare", path)
+    assert spec is not None
+    assert spec.loader is not None
+    measure = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(measure)
+    frame = random_events(range(5, 25), 3)
+    halves = (frame.filter(pl.col("subject_id") % 2 == half) for half in (0, 1))
+    source = write_meds(tmp_path / "set", *halves, splits=dict.fromkeys(range(5, 25), "train"))
+    assert measure.repeat(source, tmp_path / "large", 3) == 3 * len(frame)
+    large = open_meds(tmp_path / "large", {})  # which refuses a subject in two files
+    assert large.splits is not None
+    assert sorted(large.splits.names()) == list(range(5, 65))
+    columns = ["time", "code", "numeric_value", "visit_id"]
+    histories = [own.select(columns) for _, own in everything(large).group_by("subject_id")]
+    expected = [own.select(columns) for _, own in frame.sort(pl.all()).group_by("subject_id")]
+    assert sorted(map(str, histories)) == sorted(3 * list(map(str, expected)))

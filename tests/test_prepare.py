@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 
 from behrt.events import SPLITS
-from behrt.prepare import prepare, report_rows
+from behrt.prepare import lengths_described, prepare, report_rows
 from behrt.prepare_options import PrepareOptions
 from behrt.sequences import open_prepared
 from behrt.vocabulary import CLS, SEP, UNK
@@ -111,6 +111,24 @@ def test_the_same_input_and_options_give_the_same_bytes(tmp_path):
         if name == "dataset.json":
             assert json.loads(one) == json.loads(two)
         assert one == two
+
+
+def test_the_number_of_workers_leaves_no_trace(tmp_path):
+    frame = random_events(SUBJECTS, 9)
+    source = write_meds(tmp_path / "source", *(frame.filter(pl.col("subject_id") % 9 == rest) for rest in range(9)))
+    options = PrepareOptions(numeric_bins=4, min_patients=3)
+    for workers in (1, 2, 5):
+        prepare(source, tmp_path / str(workers), options, workers=workers)
+    for name in ("dataset.json", "held_out.arrow", "train.arrow", "tuning.arrow", "vocabulary.json"):
+        assert len({(tmp_path / workers / name).read_bytes() for workers in ("1", "2", "5")}) == 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_lengths_are_described_as_numpy_describes_them(seed):
+    lengths = np.random.default_rng(seed).integers(3, 3 + 10**seed, int(7 * 4**seed))
+    expected = {f"p{share}": np.quantile(lengths, share / 100, method="higher") for share in (50, 90, 99)}
+    expected |= {"mean": round(lengths.mean(), 3), "max": lengths.max()}
+    assert lengths_described(np.bincount(lengths)) == expected
 
 
 def test_shards_do_not_change_the_sequences(tmp_path):

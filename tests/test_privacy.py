@@ -22,7 +22,8 @@ import pytest
 
 from behrt.cli import main
 from behrt.config import UserError
-from behrt.prepare import prepare
+from behrt.parts import PartNumber
+from behrt.prepare import prepare, prepare_part
 from behrt.prepare_options import PrepareOptions
 from behrt.vocabulary import Vocabulary
 
@@ -416,9 +417,9 @@ def test_no_error_quotes_a_record(
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
-@pytest.mark.parametrize("kind", ["meds", "mimic4"])
+@pytest.mark.parametrize("kind", ["meds", "mimic4", "part"])
 def test_prepared_records_are_their_owners_alone_from_the_first_byte_on(kind: str, mask: int, tmp_path: Path) -> None:
-    write = write_planted_meds if kind == "meds" else write_planted_tables
+    write = write_planted_tables if kind == "mimic4" else write_planted_meds
     source = write(tmp_path / "records")
     place = tmp_path / "place"
     exposed: set[Path] = set()
@@ -429,8 +430,11 @@ def test_prepared_records_are_their_owners_alone_from_the_first_byte_on(kind: st
         exposed.update(exposed_files(place))
 
     with umask(mask):
-        prepare(source, place / "out", PrepareOptions(format=kind, labs=kind == "mimic4"), progress=look)
-    assert {"000000.arrow", "train.arrow"} <= files
+        if kind == "part":
+            prepare_part(source, place / "out", PartNumber(1, 1), PrepareOptions(), progress=look)
+        else:
+            prepare(source, place / "out", PrepareOptions(format=kind, labs=kind == "mimic4"), progress=look)
+    assert {"events-000000-000000.arrow"} | ({"train.arrow"} if kind != "part" else set()) <= files
     assert ("labevents.parquet" in files) == (kind == "mimic4")
     assert exposed == set()
     assert [path.name for path in place.iterdir()] == ["out"]

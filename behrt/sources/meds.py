@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+import numpy as np
+import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,55 +25,85 @@ from behrt.events import (
     SPLITS,
     EventSource,
     Shard,
+    SubjectSplits,
     readable,
     shown_columns,
     subject_counts,
     subject_ranges,
 )
+from behrt.fingerprint import name_in_source
 
 logger = logging.getLogger(__name__)
 
+SPLIT_ROWS = 250_000
+"""Rows of the table of splits that are read at a time: as text, a split takes four times the memory of its subject."""
 
-def open_meds(source: Path, columns: Mapping[str, str], *, max_shard_events: int = MAX_SHARD_EVENTS) -> EventSource:
+
+def open_meds(
+    source: Path,
+    columns: Mapping[str, str],
+    *,
+    part: tuple[int, int] | None = None,
+    max_shard_events: int = MAX_SHARD_EVENTS,
+) -> EventSource:
     """The events under `source`, with splits where it has some.
+
+    Of each subject, 8 bytes are held to see whether it lies in two files, and 9 for its split.
 
     Args:
         columns: renames of near-MEDS columns, name in the files to name in MEDS.
+        part: number from 1, and number of all parts: only the files whose turn it is in the order of their names.
+            Whether a subject lies in the files of two parts is then for the caller to see (`refuse_shared_subjects`).
 
     Raises:
-        UserError: no such path, no parquet in it, a missing column or a wrong dtype, an unreadable file, a subject in
-            two files or two splits, an unknown split.
+        UserError: no such path, no parquet in it, fewer files than parts, a missing column or a wrong dtype, an
+            unreadable file, a subject in two files or two splits, an unknown split.
     """
     files = find_parquet(source)
+    index, parts = (0, 1) if part is None else (part[0] - 1, part[1])
+    if parts > len(files):
+        raise UserError(
+            f"--shard {index + 1}/{parts}: {source} has {len(files)} file(s); name no more parts than files"
+        )
     shards: list[Shard] = []
-    counted: list[pl.DataFrame] = []
-    for number, file in enumerate(files):
+    subjects: list[npt.NDArray[np.int64]] = [np.zeros(0, np.int64) for _ in files]
+    for number in range(index, len(files), parts):
+        file = files[number]
         events = scan_events(file, columns)
         with readable(file):
             counts = subject_counts(events)
-        counted.append(counts.with_columns(pl.lit(number).alias("file")))
+        subjects[number] = counts["subject_id"].to_numpy()
         if counts["events"].sum() <= max_shard_events:
-            shards.append(Shard(events, file))
+            shards.append(Shard(events, file, (number, 0)))
         else:
             shards += [
-                Shard(events.filter(pl.col("subject_id").is_between(low, high)), file)
-                for low, high in subject_ranges(counts, max_shard_events)
+                Shard(events.filter(pl.col("subject_id").is_between(low, high)), file, (number, cut))
+                for cut, (low, high) in enumerate(subject_ranges(counts, max_shard_events))
             ]
-    subjects = pl.concat(counted)
-    if subjects.is_empty():
+    if part is None and not any(map(len, subjects)):
         raise UserError(f"{source}: no events in its {len(files)} parquet file(s); expected at least one")
-    _refuse_shared_subjects(subjects, files, source)
-
     root = source if source.is_dir() else source.parent
+    names = [name_in_source(file, root) for file in files]
+    refuse_shared_subjects(subjects, names, str(source))
+
     splits_file = root / "metadata" / "subject_splits.parquet"
-    used = list(files)
+    used, read = list(files), files[index::parts]
+    splits: SubjectSplits | None
     if source.is_dir() and splits_file.exists():
         refuse_what_is_no_file(splits_file)
-        splits: pl.DataFrame | None = read_splits(splits_file)
+        splits = read_splits(splits_file)
         used.append(splits_file)
+        read.append(splits_file)
     else:
-        splits = _splits_from_folders(subjects, files, source)
-    return EventSource(name=source.resolve().stem, files=tuple(used), shards=tuple(shards), splits=splits)
+        splits = _splits_from_folders(subjects, names)
+    return EventSource(
+        name=source.resolve().stem,
+        files=tuple(used),
+        read=tuple(read),
+        shards=tuple(shards),
+        splits=splits,
+        subjects=() if part is None else tuple(subjects),
+    )
 
 
 def find_parquet(source: Path) -> list[Path]:
@@ -175,65 +207,81 @@ def _converted(column: str, found: pl.DataType, name: str, file: Path) -> pl.Exp
     )
 
 
-def read_splits(file: Path) -> pl.DataFrame:
-    """`subject_id` and `split` of a MEDS `subject_splits.parquet`."""
+def read_splits(file: Path) -> SubjectSplits:
+    """What a MEDS `subject_splits.parquet` says."""
     with readable(file):
-        frame = pl.read_parquet(file)
+        frame = pl.scan_parquet(file, glob=False)
+        schema = dict(frame.collect_schema())
     for name, expected in (("subject_id", "an integer"), ("split", "a string")):
-        if name not in frame.columns:
-            raise UserError(f"{file}: no column {name!r}; it has {shown_columns(frame.columns)}")
-        dtype = frame.schema[name]
+        if name not in schema:
+            raise UserError(f"{file}: no column {name!r}; it has {shown_columns(list(schema))}")
+        dtype = schema[name]
         if not (dtype.is_integer() if name == "subject_id" else isinstance(dtype, pl.String)):
             raise UserError(f"{file}: column {name!r} is {dtype}, expected {expected}; convert it")
-    with readable(file):  # the text of a failed cast quotes ids
-        frame = frame.select(pl.col("subject_id").cast(pl.Int64), "split").drop_nulls().unique(maintain_order=True)
-    unknown = sorted(set(frame["split"].unique().to_list()) - set(SPLITS))
-    if unknown:
-        found = repr(unknown[0]) if re.fullmatch("[A-Za-z_-]{1,20}", unknown[0]) else "(no word; another column's?)"
-        raise UserError(f"{file}: unknown split {found}, expected {', '.join(SPLITS)}")
-    twice = int(frame["subject_id"].is_duplicated().sum())
-    if twice:
-        count = frame.filter(frame["subject_id"].is_duplicated())["subject_id"].n_unique()
-        raise UserError(f"{file}: {count} subject(s) are in more than one split; each belongs into one")
-    return frame
+    frame = frame.select(pl.col("subject_id").cast(pl.Int64), "split")
+    index = pl.col("split").replace_strict(dict(zip(SPLITS, range(len(SPLITS)), strict=True)), return_dtype=pl.Int8)
+    pieces: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int8]]] = [(np.zeros(0, np.int64), np.zeros(0, np.int8))]
+    with readable(file):
+        rows = frame.select(pl.len()).collect().item()
+    for start in range(0, rows, SPLIT_ROWS):
+        with readable(file):  # the text of a failed cast quotes ids
+            piece = frame.slice(start, SPLIT_ROWS).collect().drop_nulls()
+        unknown = sorted(set(piece["split"].unique().to_list()) - set(SPLITS))
+        if unknown:
+            found = repr(unknown[0]) if re.fullmatch("[A-Za-z_-]{1,20}", unknown[0]) else "(no word; another column's?)"
+            raise UserError(f"{file}: unknown split {found}, expected {', '.join(SPLITS)}")
+        pieces.append((piece["subject_id"].to_numpy().copy(), piece.select(index)["split"].to_numpy().copy()))
+    subjects, splits = np.concatenate([ids for ids, _ in pieces]), np.concatenate([own for _, own in pieces])
+    del pieces
+    table = SubjectSplits(subjects, splits)
+    torn = table.in_two_splits()
+    if torn:
+        raise UserError(f"{file}: {torn} subject(s) are in more than one split; each belongs into one")
+    return table
 
 
-def _split_of_file(file: Path, source: Path) -> str | None:
-    """The split that a file's folder names, if any: `train/…` or `data/train/…` under the source."""
-    if not source.is_dir():
-        return None
-    parts = file.relative_to(source).parts[:-1]
+def _split_of_file(name: str) -> str | None:
+    """The split that the folder of a file in a source names, if any: `train/…` or `data/train/…`."""
+    parts = PurePosixPath(name).parts[:-1]
     parts = parts[1:] if parts[:1] == ("data",) else parts
     return parts[0] if parts and parts[0] in SPLITS else None
 
 
-def _splits_from_folders(subjects: pl.DataFrame, files: list[Path], source: Path) -> pl.DataFrame | None:
+def _splits_from_folders(subjects: Sequence[npt.NDArray[np.int64]], names: Sequence[str]) -> SubjectSplits | None:
     """Splits by folder, if every file lies in a folder named for one."""
-    names = [_split_of_file(file, source) for file in files]
-    if any(name is None for name in names):
+    found = [split for name in names if (split := _split_of_file(name)) is not None]
+    if len(found) < len(names):
         return None
-    by_file = pl.DataFrame({"file": range(len(files)), "split": names}, schema={"file": pl.Int32, "split": pl.String})
-    return subjects.join(by_file, on="file", how="left", maintain_order="left").select("subject_id", "split")
+    indices = np.array([SPLITS.index(split) for split in found], np.int8)
+    return SubjectSplits(np.concatenate(subjects), np.repeat(indices, [len(own) for own in subjects]))
 
 
-def _refuse_shared_subjects(subjects: pl.DataFrame, files: list[Path], source: Path) -> None:
-    """A subject in two files would become two patients, or leak from one split into another."""
-    shared = subjects.filter(pl.col("subject_id").is_duplicated())
-    if shared.is_empty():
+def refuse_shared_subjects(subjects: Sequence[npt.NDArray[np.int64]], names: Sequence[str], where: str) -> None:
+    """A subject in two files would become two patients, or leak from one split into another.
+
+    Args:
+        subjects: the ids in each file, int64, distinct.
+        names: of the files, relative to their source.
+        where: the source, for the error.
+    """
+    every = np.concatenate([np.zeros(0, np.int64), *subjects])
+    every.sort()
+    shared = np.unique(every[1:][every[1:] == every[:-1]])
+    if not len(shared):
         return
-    pairs = (
-        shared.group_by("subject_id")
-        .agg(pl.col("file").min().alias("first"), pl.col("file").max().alias("last"))
-        .sort("first", "last", "subject_id")
-    )
-    first, last = files[pairs["first"][0]], files[pairs["last"][0]]
-    one, other = _split_of_file(first, source), _split_of_file(last, source)
-    if one != other:
+    first, last = np.full(len(shared), len(names)), np.full(len(shared), -1)
+    for number, own in enumerate(subjects):
+        here = np.isin(shared, own)
+        first[here] = np.minimum(first[here], number)
+        last[here] = number
+    pair = np.lexsort((last, first))[0]
+    one, other = names[first[pair]], names[last[pair]]
+    if _split_of_file(one) != _split_of_file(other):
         raise UserError(
-            f"{source}: {pairs.height} subject(s) are in more than one of its split folders, first seen in {one}/ and "
-            f"{other}/; each belongs into one split"
+            f"{where}: {len(shared)} subject(s) are in more than one of its split folders, first seen in "
+            f"{_split_of_file(one)}/ and {_split_of_file(other)}/; each belongs into one split"
         )
     raise UserError(
-        f"{source}: {pairs.height} subject(s) have events in more than one file, first seen in {first.name} and "
-        f"{last.name}; MEDS keeps a subject in one file: join these files into one"
+        f"{where}: {len(shared)} subject(s) have events in more than one file, first seen in {Path(one).name} and "
+        f"{Path(other).name}; MEDS keeps a subject in one file: join these files into one"
     )

@@ -92,11 +92,13 @@ def open_mimic(source: Path, scratch: Path, *, labs: bool, max_shard_events: int
         Shard(
             pl.concat([frame.filter(pl.col("subject_id").is_between(low, high)) for frame in converted.values()]),
             source,
+            (0, number),
         )
-        for low, high in subject_ranges(per_subject, max_shard_events)
+        for number, (low, high) in enumerate(subject_ranges(per_subject, max_shard_events))
     )
+    files = tuple(paths.values())
     return EventSource(
-        name=source.resolve().name, files=tuple(paths.values()), shards=shards, counts=dict(counts), in_order=False
+        name=source.resolve().name, files=files, read=files, shards=shards, counts=dict(counts), in_order=False
     )
 
 
