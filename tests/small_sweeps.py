@@ -28,7 +28,8 @@ SPACE = {
 
 def write_sweep(path: Path, records: Path, *, settings: dict[str, Any] | None = None, **changes: Any) -> Path:
     """Random search over the four parameters, nothing pruned, four trials of three epochs."""
-    common = {"data": str(records), "max_patients": 80, "epochs": 3, "use_lora": True, "early_stopping_patience": 0}
+    common: dict[str, Any] = {"data": str(records), "max_patients": 80, "epochs": 3, "early_stopping_patience": 0}
+    common |= {"use_lora": True, "precision": "fp32"}  # so that workers compute what this process would
     content = {
         "settings": {**common, **(settings or {})},
         "space": SPACE,
