@@ -208,7 +208,7 @@ def test_a_turn_does_not_find_what_the_one_before_has_assembled_ahead(harness: d
 
 def test_the_page_says_what_was_measured(measure: ModuleType, harness: dict[str, ModuleType]) -> None:
     text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    assert harness["page"].measured(measure.load_results()) in text
+    assert harness["page"].measured(measure.all_results()) in text
 
 
 def test_ratios_are_of_the_same_round_and_the_faster_precision(harness: dict[str, ModuleType]) -> None:

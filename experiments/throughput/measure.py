@@ -48,6 +48,12 @@ def load_results() -> dict[str, Any]:
     return EMPTY | (json.loads(RESULTS.read_text()) if RESULTS.exists() else {})
 
 
+def all_results() -> dict[str, Any]:
+    """With those of `startup.py` and `prepare.py`."""
+    others = {"startup": HERE / "startup.json", "preparation": HERE / "prepare.json"}
+    return load_results() | {name: json.loads(path.read_text()) for name, path in others.items() if path.exists()}
+
+
 def save_results(**found: Any) -> None:
     write_json(RESULTS, {**load_results(), **found})
 
@@ -361,7 +367,7 @@ def report() -> None:
     """Write the measured part of docs/performance.md and the figures."""
     import page
 
-    page.write(load_results(), ROOT / "docs")
+    page.write(all_results(), ROOT / "docs")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,42 @@ def measured(results: dict[str, Any]) -> str:
         parts += ["![Closed share of the gap by seconds of training](performance_quality.png)"]
     if results["flat"]:
         parts += ["### More patients", flat_table(results["flat"])]
+    if results.get("startup"):
+        parts += ["## Start-up", startup_table(results["startup"])]
+    if results.get("preparation"):
+        parts += ["## Preparing records", preparation_table(results["preparation"])]
     return "\n\n".join([*parts, END])
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def startup_table(found: dict[str, Any]) -> str:
+    names = ("wall_median", "wall_least", "cpu_median", "cpu_least")
+    rows = [[row["what"], *(f"{row[name]:.2f}" if name in row else "" for name in names)] for row in found["rows"]]
+    head = ("seconds until", "wall, median", "wall, least", "processor, median", "processor, least")
+    return f"""`experiments/throughput/startup.py measure --data DIR`, on prepared synpuf-meds. Stages are those of
+real trainings, watched from outside until their first step.
+
+{table(head, rows)}"""
+
+
+def preparation_table(found: dict[str, Any]) -> str:
+    head = ("events", "patients", "files", "seconds", "processor seconds", "peak memory, GB")
+    rows = [
+        [
+            *(f"{row[name]:,}" for name in ("events", "subjects", "files")),
+            *(f"{row['seconds']:.1f}", f"{row['processor_seconds']:.1f}", f"{row['peak_gb']:.2f}"),
+        ]
+        for row in found["rows"]
+    ]
+    return f"""`experiments/throughput/prepare.py measure SOURCE --work DIR`: synpuf-meds, its shards repeated with
+other subject ids. Memory is that of the shards in flight, and 17 bytes a patient. Parts that are prepared apart with
+`--shard` and put together with `--join` have the same bytes; that is compared in the same run.
+
+{table(head, rows)}"""
 
 
 def introduction(machine: dict[str, Any]) -> str:
