@@ -61,7 +61,9 @@ class Side:
         ordered = counts[order].tolist()
         self.blocks = [Block(stop - first, heads, max(ordered[first:stop])) for first, stop in bounds]
         widths = torch.empty_like(counts)  # [patients], padded length of each
-        widths[order] = torch.tensor([block.width for block in self.blocks for _ in range(block.patients)])
+        widths[order] = torch.tensor(
+            [block.width for block in self.blocks for _ in range(block.patients)], dtype=torch.int64
+        )
         firsts = torch.empty_like(counts)  # [patients], first padded row of each
         firsts[order] = heads * (widths[order].cumsum(0) - widths[order])
         tokens, padded_rows = int(counts.sum()), sum(block.rows for block in self.blocks)
@@ -122,8 +124,6 @@ class _Unpad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        if not len(gradient):
-            return gradient.new_zeros(len(ctx.side.sources), gradient.shape[1]), None
         padded = gradient.index_select(0, ctx.side.sources)
         return (padded if ctx.side.filled is None else padded.mul_(ctx.side.filled[:, None])), None
 
@@ -156,7 +156,8 @@ class PatientGroups:
             if length < SHORTEST_OF_GROUP * lengths[first]:
                 bounds.append((first, place))
                 first = place
-        bounds.append((first, len(lengths)))
+        if lengths:
+            bounds.append((first, len(lengths)))
         keys = Side(counts, order, bounds, heads=heads, device=device)
         return cls(counts, order, bounds, keys, keys)
 
@@ -179,6 +180,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, groups: PatientGroups) -> 
         The context of each token that asks, [tokens that ask, heads * head_dim].
     """
     queries, keys = groups.queries, groups.keys
+    if not len(query):  # nobody asks
+        return query
     parts = zip(queries.pad(query), keys.pad(key), keys.pad(value), keys.biases, strict=True)
     return queries.unpad([_attend_in_group(*part) for part in parts])
 

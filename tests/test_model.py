@@ -169,6 +169,13 @@ def test_padding_is_finite_and_its_content_reaches_no_token():
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+def test_a_batch_of_nothing_but_padding_is_zero():
+    model = BEHRTForMaskedLM(TINY, generator=seeded()).eval()
+    batch, nothing = random_histories(2, 4), torch.zeros(2, 4, dtype=torch.bool)
+    assert not model.behrt(**batch, attention_mask=nothing).any()
+    assert model(**batch, attention_mask=nothing, scored=nothing).shape == (0, TINY.vocab_size)
+
+
 def test_padding_may_stand_before_the_tokens():
     model = BEHRT(TINY, generator=seeded()).double().eval()
     batch = random_histories(1, 6)
