@@ -191,7 +191,8 @@ def _attend_in_group(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | N
     if not query.shape[2]:  # nobody in this group asks
         return query
     if query.device.type != "cpu" or key.shape[2] > LONGEST_EXPLICIT:
-        mask = None if bias is None else bias.to(query.dtype)
+        # a copy, because kernels want a mask that begins at an aligned address
+        mask = None if bias is None else bias.to(query.dtype, copy=True)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     with torch.autocast("cpu", enabled=False):  # what is computed in which precision is decided here
         return _attend_explicitly(query, key, value, bias)

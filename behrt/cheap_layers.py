@@ -43,6 +43,11 @@ class Linear(nn.Linear):
             return F.linear(x, self.weight, self.bias)
         return F.linear(x, self._frozen(torch.get_autocast_dtype(device)), self.bias)
 
+    @property
+    def frozen_cast(self) -> Tensor | None:
+        """What it keeps of a frozen weight in lower precision, if it was called under autocast."""
+        return None if self._cast is None else self._cast[1]
+
     def _frozen(self, dtype: torch.dtype) -> Tensor:
         """The weight in `dtype`, cast anew only after it was changed or moved."""
         key = (dtype, self.weight.device, self.weight.data_ptr(), self.weight._version)

@@ -183,7 +183,8 @@ def prepare(
         after = f"Prepared in {out}; next: behrt train --data {out}"
     console.print(after, markup=False)
     if as_json:
-        click.echo(json.dumps(info))
+        # not the names of the files: with one a patient, they are ids
+        click.echo(json.dumps({name: value for name, value in info.items() if name != "files"}))
 
 
 cli.add_command(train)

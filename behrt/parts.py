@@ -193,6 +193,11 @@ def refuse_what_is_no_whole(parts: Sequence[Part]) -> None:
                 f"{part.folder}: was made of another source than {first.folder} (other files, or other sizes of them); "
                 "make all parts of the same one"
             )
+        if part.name != first.name:
+            raise UserError(
+                f"{part.folder}: its source was named otherwise than that of {first.folder}, and the name goes into "
+                "the result; make all parts of a folder of the same name"
+            )
         if part.place.parts != first.place.parts:
             raise UserError(
                 f"{part.folder}: is part {part.place}, and {first.folder} part {first.place}; make all parts with the "
@@ -211,7 +216,7 @@ def refuse_what_is_no_whole(parts: Sequence[Part]) -> None:
 
 
 def _without_digests(part: Part) -> tuple[Any, ...]:
-    return part.name, len(part.subjects), [(file.name, file.size) for file in part.files]
+    return len(part.subjects), [(file.name, file.size) for file in part.files]
 
 
 def join(parts: Sequence[Part]) -> tuple[list[SourceFile], Spilled]:

@@ -258,3 +258,4 @@ def test_a_part_prints_its_report_and_what_comes_next(two, capsys):
     told = capsys.readouterr()
     assert json.loads(told.out)["report"]["subjects_kept"] == 12  # of two files in five
     assert "behrt prepare --join" in told.err
+    assert ".parquet" not in told.out  # where a file is a patient, its name is an id

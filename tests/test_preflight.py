@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from behrt.attention import PatientGroups
 from behrt.batches import IGNORED, MaskedSequences, PackedBatch, TrainingBatches, cut, gather
+from behrt.cheap_layers import Linear
 from behrt.config import AdaptationSettings, BEHRTConfig, TrainingSettings
 from behrt.devices import is_out_of_memory
 from behrt.doctor import memory, preflight
@@ -522,6 +523,19 @@ def test_what_is_kept_counts_every_storage_once_and_no_parameter() -> None:
     assert keeping.kept(7) == Kept(7, 4 * 7 * (100 + 300 + 300), 4 * 7 * 300)
 
 
+def test_a_frozen_weight_in_lower_precision_is_held_and_not_kept_anew_by_every_batch() -> None:
+    layer, inputs = Linear(100, 300), torch.ones(7, 100, requires_grad=True)
+    layer.requires_grad_(False)
+    keeping = Keeping(layer)
+    held = memory_needed(layer, Kept(1, 0, 0), largest_size=1, largest_evaluated=1, device=torch.device("cuda"))
+    with keeping.watch(), torch.autocast("cpu", torch.bfloat16):
+        layer(inputs).sum()
+    assert layer.frozen_cast is not None
+    assert keeping.kept(7).bytes < layer.frozen_cast.nbytes
+    grown = memory_needed(layer, Kept(1, 0, 0), largest_size=1, largest_evaluated=1, device=torch.device("cuda"))
+    assert grown == held + layer.frozen_cast.nbytes
+
+
 def test_memory_counts_weights_gradients_moments_and_the_best_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "CPU_HEAP_SHARE", 1)
     monkeypatch.setattr(memory, "CPU_HEAP_BYTES", 0)
@@ -621,10 +635,10 @@ def test_an_epoch_takes_its_steps_and_its_evaluation() -> None:
 def test_the_load_of_an_epoch_is_what_its_steps_hold() -> None:
     steps, evaluated = batches(accumulation_steps=2), next(iter(batches().epoch(1)))
     load = Load.of(steps, (*evaluated, *evaluated))
-    drawn = [[batch.codes.numel() for batch in step] for step in steps.epoch(1)]
+    drawn = [[batch.num_tokens for batch in step] for step in steps.epoch(1)]
     assert load.steps * load.step_size == pytest.approx(sum(map(sum, drawn)))
     assert load.largest_size == max(map(max, drawn))
-    assert load.evaluation_size == 2 * load.largest_evaluated == 2 * evaluated[0].codes.numel()
+    assert load.evaluation_size == 2 * load.largest_evaluated == 2 * evaluated[0].num_tokens
 
 
 def test_slow_steps_are_predicted_to_take_long() -> None:

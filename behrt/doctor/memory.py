@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from behrt.cheap_layers import Dropout
+from behrt.cheap_layers import Dropout, Linear
 from behrt.lora import Adapter
 
 TEMPORARIES = 2
@@ -55,7 +55,8 @@ class Keeping:
 
     def kept(self, size: int) -> Kept:
         """The count, for a micro-batch of `size` tokens."""
-        storages = self._storages.values()
+        casts = {cast.untyped_storage().data_ptr() for cast in _casts(self._model)}  # they stay, whatever the batch
+        storages = [held for address, held in self._storages.items() if address not in casts]
         return Kept(size, sum(storages) + self._dropped, max(storages, default=0))
 
     @contextmanager
@@ -167,4 +168,13 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _held_bytes(model: nn.Module) -> int:
-    return sum(_bytes(tensor) for tensor in (*model.parameters(), *model.buffers()))
+    return sum(_bytes(tensor) for tensor in (*model.parameters(), *model.buffers(), *_casts(model)))
+
+
+def _casts(model: nn.Module) -> list[Tensor]:
+    """The frozen weights that layers keep in lower precision."""
+    return [
+        module.frozen_cast
+        for module in model.modules()
+        if isinstance(module, Linear) and module.frozen_cast is not None
+    ]

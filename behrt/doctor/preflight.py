@@ -370,8 +370,8 @@ def optimizer_seconds(model: nn.Module, device: torch.device) -> float:
 
 
 def _size(batch: PackedBatch) -> int:
-    """Tokens that the encoder computes, padding included."""
-    return batch.codes.numel()
+    """Tokens that the encoder computes."""
+    return batch.num_tokens
 
 
 def _now(device: torch.device) -> float:
