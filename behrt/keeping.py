@@ -141,6 +141,7 @@ class Keeper:
             accumulation_steps=self.trainer.accumulation_steps,
             rate_factor=self.trainer.rate_factor,
             recoveries=self.recoveries,
+            precision=start.precision,
         )
 
     def _mirror(self) -> None:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from behrt.batches import PackedBatch, TrainingBatches
 from behrt.checkpoints import Base, Transplant, make_base, read_base, save_checkpoint
-from behrt.config import ExperimentSettings, UserError, experiment_yaml
+from behrt.config import ExperimentSettings, Precision, UserError, experiment_yaml
 from behrt.devices import choose_device, choose_precision, is_out_of_memory
 from behrt.doctor.checkup import Checkup, facts_before_training, tolerated
 from behrt.doctor.diagnosis import markdown
@@ -164,7 +164,7 @@ def pretrain(
     listener, stopper = listener or Listener(), stopper or Stopper(listens=False)
     started = time.perf_counter()
     device = choose_device(settings.training.device)
-    precision = choose_precision(settings.training.precision, device)
+    precision = choose_precision(_asked_precision(settings, attempt), device)
     records = (records_cache or RecordsCache()).select(settings, progress=listener.preparing)
     changes = _changes(attempt, settings, records)
     former_base = read_base(attempt.checkpoint) if attempt is not None and attempt.checkpoint is not None else None
@@ -251,6 +251,15 @@ def pretrain(
     finally:
         run_folder.release()
     return result
+
+
+def _asked_precision(settings: ExperimentSettings, attempt: Attempt | None) -> Precision:
+    """That of the settings; a run that goes on keeps what `auto` came to, also where another CPU would choose anew."""
+    asked = settings.training.precision
+    if asked == "auto" and attempt is not None and attempt.in_place and attempt.state is not None:
+        former = attempt.state.precision
+        return "bf16" if former == "bf16" else "fp32" if former == "fp32" else asked
+    return asked
 
 
 def _changes(attempt: Attempt | None, settings: ExperimentSettings, records: Records) -> list[str]:

@@ -59,6 +59,7 @@ class TrainingState:
         position: inside the epoch that comes after them.
         accumulation_steps: in use; doubled wherever memory ran out.
         rate_factor: by which the schedule's rates are multiplied; `recoveries`, how often it was lowered.
+        precision: "bf16" or "fp32", that `auto` came to; None in checkpoints that do not say.
     """
 
     key: str
@@ -71,6 +72,7 @@ class TrainingState:
     accumulation_steps: int
     rate_factor: float
     recoveries: int
+    precision: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = finite(asdict(self))

@@ -179,6 +179,15 @@ def test_a_run_goes_on_from_any_step_in_the_same_mlflow_run(whole: ExperimentSet
     assert read_run(Path("cut"))["best_epoch"] == read_run(Path("whole"))["best_epoch"]
 
 
+def test_a_run_keeps_its_precision_on_a_cpu_that_would_choose_another(
+    whole: ExperimentSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_off(whole, Path("cut"), after=None, steps=6)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    resume()
+    assert_same(Path("whole"), Path("cut"))
+
+
 def test_a_run_goes_on_from_a_pause_inside_its_evaluation(
     whole: ExperimentSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
