@@ -420,10 +420,18 @@ class StoredRun:
     def log_dataset(self, *, name: str, digest: str) -> None:
         """The records that the run trains on, by name and digest (36 characters of it)."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
+        from mlflow.exceptions import MlflowException
 
         made_by = json.dumps({"tags": {"made_by": "behrt prepare"}})
         dataset = Dataset(name, digest[:36], source_type="code", source=made_by)
-        self._client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+        inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
+        try:
+            self._client.log_inputs(self.run_id, inputs)
+        except MlflowException as error:
+            # MLflow looks whether it knows the records, then adds them: another run has just done so in between.
+            if not any(text in str(error) for text in ("UNIQUE constraint", "UniqueViolation")):
+                raise
+            self._client.log_inputs(self.run_id, inputs)
 
     def upload(self, file: Path, place: str) -> None:
         """A file as the artifact at `place`, which is replaced."""

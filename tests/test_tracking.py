@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from behrt.config import UserError
-from behrt.tracking import TrackedRun, connect, download_checkpoints, experiment_id, tracking_uri
+from behrt.tracking import StoredRun, TrackedRun, connect, download_checkpoints, experiment_id, tracking_uri
 
 
 def open_and_log(folder: str, number: int) -> None:
@@ -93,6 +94,30 @@ def test_a_run_without_checkpoints_is_refused(tmp_path: Path) -> None:
         run = TrackedRun(experiment="a", params={}, tags={})
         with pytest.raises(UserError, match="has no such run, or the run has no checkpoints"):
             download_checkpoints(run.run_id)
+
+
+@pytest.mark.parametrize("text", ["(IntegrityError) UNIQUE constraint failed: datasets.name", "(UniqueViolation) key"])
+def test_records_that_another_run_adds_at_the_same_moment_are_logged_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    with chdir(tmp_path):
+        client = connect()
+        about = {"experiment": "a", "run_id": None, "name": None, "started": 0, "tags": {}}
+        first, second = (StoredRun.of(client, key=key, **about) for key in ("1", "2"))
+        log_inputs, refusals = client.log_inputs, [MlflowException(text)]
+
+        def be_second(*arguments: object) -> None:
+            if refusals:
+                raise refusals.pop()
+            log_inputs(*arguments)
+
+        first.log_dataset(name="records", digest="d")
+        monkeypatch.setattr(client, "log_inputs", be_second)
+        second.log_dataset(name="records", digest="d")
+        assert [found.dataset.name for found in client.get_run(second.run_id).inputs.dataset_inputs] == ["records"]
+        refusals.append(MlflowException("the disk is full"))
+        with pytest.raises(MlflowException, match="the disk is full"):
+            second.log_dataset(name="records", digest="d")
 
 
 def test_telemetry_is_off() -> None:
