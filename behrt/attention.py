@@ -1,18 +1,22 @@
 """How do the tokens of each patient attend to each other, and to no one else's, without paying for padding?
 
 Everything but attention treats a token on its own, and gets the tokens of all patients end to end. For attention alone,
-patients of similar length are put side by side in groups, each padded to the longest of its group.
+patients of similar length are put side by side in groups, each padded to the longest of its group; or, on a GPU whose
+kernel is told where each patient begins (Dao, 2023, "FlashAttention-2"), they stay as they are.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from behrt.devices import to_device
 
 SHORTEST_OF_GROUP = 0.7
 """How long the shortest patient of a group is at least, as a share of the longest. From 0.6 to 0.8 what is lost to
@@ -169,21 +173,103 @@ class PatientGroups:
         return replace(self, queries=queries)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, groups: PatientGroups) -> Tensor:
+@dataclass(frozen=True)
+class PatientRuns:
+    """Patients end to end, for a kernel that is told where each begins.
+
+    Attributes:
+        keys: int32 [patients + 1] on the device, where the tokens of each patient begin; the last is their number.
+        queries: likewise of the tokens that ask.
+        heads: of attention.
+        longest: no patient has more tokens.
+    """
+
+    keys: Tensor
+    queries: Tensor
+    heads: int
+    longest: int
+
+    @classmethod
+    def of(cls, counts: Tensor, *, heads: int, longest: int, device: torch.device) -> PatientRuns:
+        """Patients that have `counts` tokens (int64 [patients] on the CPU).
+
+        Args:
+            longest: how many tokens they may have; the same at every step, for it becomes part of what is compiled.
+        """
+        bounds = to_device(F.pad(counts.cumsum(0), (1, 0)).to(torch.int32), device)
+        return cls(bounds, bounds, heads, max(longest, *counts.tolist()))
+
+    def asking(self, wanted: Tensor) -> PatientRuns:
+        """The same patients where only the tokens `wanted` ask (int64 indices, rising); all are asked."""
+        before = torch.searchsorted(wanted.to(self.keys.dtype), self.keys, out_int32=True)
+        return replace(self, queries=before)
+
+
+def runs_can_stay(device: torch.device, head_dim: int) -> bool:
+    """Whether attention on `device`, in the precision that now holds, takes patients end to end.
+
+    That is so on CUDA in half precision, where torch has a kernel for the card and for heads of this width, and where
+    that kernel computes what plain attention does.
+    """
+    if device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
+        return False
+    return _kernel_agrees(device, torch.get_autocast_dtype("cuda"), head_dim)
+
+
+@cache
+def _kernel_agrees(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether context and gradients of two short patients are the same from torch's kernel as from padded groups.
+
+    Its requirements differ from card to card and between versions of torch; it says so by raising.
+    """
+    counts = torch.tensor([3, 5])
+    with torch.enable_grad():
+        inputs = [torch.randn(8, 2 * head_dim, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+        query, key, value = inputs = [x.to(device, dtype).requires_grad_() for x in inputs]
+        found = []
+        for patients in (
+            PatientRuns.of(counts, heads=2, longest=5, device=device),
+            PatientGroups.of(counts, heads=2, device=device),
+        ):
+            try:
+                context = attend(query, key, value, patients)
+                found.append([context, *torch.autograd.grad(context.float().square().sum(), inputs)])
+            except (ImportError, RuntimeError):  # torch had none before 2.10
+                return False
+    return all(torch.allclose(ours, theirs, rtol=0.05, atol=0.05) for ours, theirs in zip(*found, strict=True))
+
+
+Patients = PatientGroups | PatientRuns
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, groups: Patients) -> Tensor:
     """Scaled dot-product attention (Vaswani et al., 2017) of each patient's tokens over all tokens of that patient.
 
     Args:
         query: float [tokens that ask, heads * head_dim].
         key, value: float [tokens, heads * head_dim].
+        groups: whose tokens they are.
 
     Returns:
         The context of each token that asks, [tokens that ask, heads * head_dim].
     """
-    queries, keys = groups.queries, groups.keys
     if not len(query):  # nobody asks
         return query
+    if isinstance(groups, PatientRuns):
+        q, k, v = (x.view(len(x), groups.heads, -1) for x in (query, key, value))
+        return _end_to_end(q, k, v, groups.queries, groups.keys, groups.longest).flatten(1)
+    queries, keys = groups.queries, groups.keys
     parts = zip(queries.pad(query), keys.pad(key), keys.pad(value), keys.biases, strict=True)
     return queries.unpad([_attend_in_group(*part) for part in parts])
+
+
+def _end_to_end(query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, longest: int) -> Tensor:
+    """Attention over tensors [tokens, heads, head_dim] of patients who begin at `queries` and `keys`."""
+    from torch.nn.attention.varlen import varlen_attn  # imports the compiler, which only this needs
+
+    context = varlen_attn(query, key, value, queries, keys, longest, longest)
+    assert isinstance(context, Tensor)
+    return context
 
 
 def _attend_in_group(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:

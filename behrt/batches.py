@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -63,7 +63,11 @@ class PackedBatch:
         return int(self.scored.sum())
 
     def to(self, device: torch.device) -> Self:
-        return type(self)(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        """What the model computes with moves; `segments` and `labels`, which only say where, stay on the CPU."""
+        from behrt.devices import to_device
+
+        moved = {name: to_device(getattr(self, name), device) for name in ("codes", "ages", "visits", "positions")}
+        return replace(self, **moved)
 
     def halves(self) -> tuple[Self, Self] | None:
         """The first and the second half of the rows; None of a single row."""

@@ -39,7 +39,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
-        if self.weight.requires_grad or not torch.is_autocast_enabled(device):
+        compiled = torch.compiler.is_compiling()  # then the cast is part of what is compiled
+        if self.weight.requires_grad or compiled or not torch.is_autocast_enabled(device):
             return F.linear(x, self.weight, self.bias)
         return F.linear(x, self._frozen(torch.get_autocast_dtype(device)), self.bias)
 

@@ -333,6 +333,7 @@ class TrainingSettings(Section):
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     device: Device = "auto"
     precision: Precision = "auto"
+    compile: bool = Field(default=False, description="whether the layers are compiled, on CUDA")
 
     @model_validator(mode="after")
     def _micro_batches_hold_patients(self) -> Self:

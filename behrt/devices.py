@@ -51,6 +51,13 @@ def choose_precision(asked: Precision, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`x` on `device`, without waiting for what a GPU is still at."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of torch says that a device has no memory left."""
     import torch

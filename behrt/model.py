@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from behrt.attention import PatientGroups, attend
+from behrt.attention import PatientGroups, PatientRuns, Patients, attend, runs_can_stay
 from behrt.cheap_layers import Dropout, Linear, lowered, missing_to_recur
 from behrt.config import BEHRTConfig, UserError
+from behrt.devices import to_device
 
 YEARS_PER_AGE_BIN = 5
 TABLE_STD = 0.02
@@ -53,7 +54,7 @@ def real_tokens(codes: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]
         segments: int [rows, length]; the patient of the row that a token belongs to, -1 on padding.
 
     Returns:
-        Indices into the flattened rows, int64 [tokens]; and int64 [patients] on the CPU.
+        Indices into the flattened rows, int64 [tokens], on the device of `segments`; and int64 [patients] on the CPU.
 
     >>> real_tokens(torch.zeros(2, 4), torch.tensor([[0, 0, 1, -1], [0, -1, -1, -1]]))
     (tensor([0, 1, 2, 4]), tensor([2, 1, 1]))
@@ -135,7 +136,7 @@ class Attention(nn.Module):
         self.value = Linear(config.hidden_dim, config.hidden_dim)
         self.output = Linear(config.hidden_dim, config.hidden_dim)
 
-    def forward(self, hidden: Tensor, groups: PatientGroups, asking: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, groups: Patients, asking: Tensor | None = None) -> Tensor:
         """`hidden` [tokens, hidden_dim]; with `asking` (int64 indices) the result is that of these tokens alone."""
         asks = hidden if asking is None else hidden[asking]
         attended: Tensor = self.output(attend(self.query(asks), self.key(hidden), self.value(hidden), groups))
@@ -166,7 +167,7 @@ class EncoderLayer(nn.Module):
         self.feedforward = FeedForward(config)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, hidden: Tensor, groups: PatientGroups, asking: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, groups: Patients, asking: Tensor | None = None) -> Tensor:
         """`hidden` [tokens, hidden_dim]; with `asking` (int64 indices) the result is that of these tokens alone."""
         attended = self.attention(lowered(self.attention_norm(hidden)), groups, asking)
         hidden = hidden if asking is None else hidden[asking]
@@ -185,7 +186,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.hidden_dim)
 
-    def forward(self, hidden: Tensor, groups: PatientGroups, wanted: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, groups: Patients, wanted: Tensor | None = None) -> Tensor:
         """The patients' tokens end to end, through all layers.
 
         Args:
@@ -249,7 +250,8 @@ class BEHRT(nn.Module):
             attention_mask: 1 or True for a token, 0 or False for padding. Without it nothing is padding, save what
                 `segments` says.
             segments: int, which patient of the row a token belongs to; -1 is padding. A patient's tokens lie side by
-                side. Without it each row is one patient.
+                side. Without it each row is one patient. Like `scored` it may stay on the CPU, where what depends on
+                it is found without waiting for a GPU.
             positions: int, below `max_position`. Without it they count from 0 for each patient.
             scored: bool. The result is that of these tokens alone, [number scored, hidden_dim], in the order of
                 `scored.nonzero()`, and the last layer computes no others.
@@ -263,14 +265,17 @@ class BEHRT(nn.Module):
         if positions is None:
             positions = self._positions(codes, segments)
         tokens, counts = real_tokens(codes, segments)
-        number = len(tokens)
+        number, wanted = len(tokens), None
+        if scored is not None:
+            wanted = scored.to(tokens.device).flatten()[tokens].nonzero().squeeze(1)
+            wanted = to_device(wanted, codes.device)
         if filling := missing_to_recur(number, 64, codes.device):  # one more patient, whom nobody reads
             counts = torch.cat([counts, torch.tensor([filling])])
             tokens = torch.cat([tokens, tokens.new_zeros(filling)])
+        tokens = to_device(tokens, codes.device)
         embedded = self.embeddings(*(x.flatten()[tokens] for x in (codes, ages, visits, positions)))
-        groups = PatientGroups.of(counts, heads=self.config.num_heads, device=embedded.device)
-        if scored is not None:
-            wanted = scored.flatten()[tokens[:number]].nonzero().squeeze(1)
+        groups = self._patients(counts, embedded.device)
+        if wanted is not None:
             result: Tensor = self.encoder(embedded, groups, wanted)
             return result  # [scored, hidden_dim]
         hidden: Tensor = self.encoder(embedded, groups)[:number]  # [tokens, hidden_dim]
@@ -278,12 +283,18 @@ class BEHRT(nn.Module):
             hidden = hidden.new_zeros(codes.numel(), hidden.shape[1]).index_copy(0, tokens[:number], hidden)
         return hidden.view(*codes.shape, -1)
 
+    def _patients(self, counts: Tensor, device: torch.device) -> Patients:
+        heads = self.config.num_heads
+        if runs_can_stay(device, self.config.hidden_dim // heads):
+            return PatientRuns.of(counts, heads=heads, longest=self.config.max_position, device=device)
+        return PatientGroups.of(counts, heads=heads, device=device)
+
     def _positions(self, codes: Tensor, segments: Tensor | None) -> Tensor:
         length = longest = codes.shape[1]
         if segments is None:
             positions = torch.arange(length, device=codes.device).expand_as(codes)
         else:
-            positions = positions_within(segments)
+            positions = positions_within(segments.to(codes.device))
             if length > self.config.max_position:  # only then is it worth waiting for the device
                 longest = int(positions.max()) + 1
         if longest > self.config.max_position:
@@ -353,3 +364,13 @@ class BEHRTForMaskedLM(nn.Module):
         filling = missing_to_recur(len(hidden), 16, hidden.device)
         logits = self.head(F.pad(hidden, (0, 0, 0, filling)))
         return logits[: len(hidden)]
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Has the layers of the encoder compiled when they are first called: one graph for all of them, of any length.
+
+    Names and weights stay as they are. What is compiled is kept between processes by torch.
+    """
+    for module in model.modules():
+        if isinstance(module, EncoderLayer):
+            module.compile(dynamic=True)

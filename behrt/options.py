@@ -101,6 +101,7 @@ training_options = options(
     setting(
         "precision", "Of matrix products; `auto` follows the hardware.", type=click.Choice(["auto", "fp32", "bf16"])
     ),
+    setting("compile", "Compile the layers (CUDA): a minute more at first, for long trainings.", negatable=True),
 )
 preset_option = click.option(
     "--preset", default=None, help=f"Start from the guide's recommendation: {', '.join(PRESETS)}."

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from behrt.batches import PackedBatch, TrainingBatches
 from behrt.checkpoints import Base, Transplant, make_base, read_base, save_checkpoint
 from behrt.config import ExperimentSettings, Precision, UserError, experiment_yaml
-from behrt.devices import choose_device, choose_precision, is_out_of_memory
+from behrt.devices import choose_device, choose_precision, is_out_of_memory, to_device
 from behrt.doctor.checkup import Checkup, facts_before_training, tolerated
 from behrt.doctor.diagnosis import markdown
 from behrt.doctor.facts import RunFacts
@@ -34,7 +34,7 @@ from behrt.feeding import TrackingRecord, new_record, now
 from behrt.history import EpochRecord, RunFolder
 from behrt.keeping import Keeper
 from behrt.masking import Stream, torch_seed
-from behrt.model import BEHRTForMaskedLM
+from behrt.model import BEHRTForMaskedLM, compile_layers
 from behrt.parameters import ParameterCounts, apply_lora_to_behrt, count_parameters, set_trainable
 from behrt.plots import draw_curves
 from behrt.records import Records, RecordsCache
@@ -68,7 +68,7 @@ def masked_lm_loss(model: nn.Module, batch: PackedBatch) -> LossSums:
         positions=batch.positions,
         scored=batch.scored,
     ).float()  # [scored, vocab]
-    labels = batch.labels[batch.scored]
+    labels = to_device(batch.labels[batch.scored], logits.device)
     return LossSums(
         loss=F.cross_entropy(logits, labels, reduction="sum"),
         correct=None if model.training else (logits.argmax(dim=-1) == labels).sum(),
@@ -165,6 +165,8 @@ def pretrain(
     started = time.perf_counter()
     device = choose_device(settings.training.device)
     precision = choose_precision(_asked_precision(settings, attempt), device)
+    if settings.training.compile and device.type != "cuda":
+        raise UserError(f"--compile: is for CUDA, and this run computes on {device.type}; leave it out")
     records = (records_cache or RecordsCache()).select(settings, progress=listener.preparing)
     changes = _changes(attempt, settings, records)
     former_base = read_base(attempt.checkpoint) if attempt is not None and attempt.checkpoint is not None else None
@@ -233,6 +235,8 @@ def pretrain(
             if result.diagnosis.of_severity("error") and not force:
                 result.refused = True
                 return result
+            if settings.training.compile:
+                compile_layers(model)
             trainer = Trainer(
                 model,
                 masked_lm_loss,

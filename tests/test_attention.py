@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from behrt import attention
-from behrt.attention import SHORTEST_OF_GROUP, PatientGroups, attend
+from behrt.attention import SHORTEST_OF_GROUP, PatientGroups, PatientRuns, attend
 
 CPU = torch.device("cpu")
 LENGTHS = {
@@ -65,6 +65,55 @@ def test_context_and_gradients_are_those_of_one_patient_at_a_time(
     gradients = [torch.autograd.grad((context * direction).sum(), (query, key, value)) for context in (found, expected)]
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def told_where_each_begins(query, key, value, query_bounds, key_bounds, longest):
+    """What `varlen_attn` is documented to compute, one patient at a time; it itself runs on CUDA alone."""
+    assert query_bounds.dtype == key_bounds.dtype == torch.int32
+    assert longest >= query_bounds.diff().max()
+    assert longest >= key_bounds.diff().max()
+    contexts = []
+    for patient in range(len(key_bounds) - 1):
+        (first, stop), (start, end) = query_bounds[patient : patient + 2], key_bounds[patient : patient + 2]
+        q, k, v = (x.transpose(0, 1) for x in (query[first:stop], key[start:end], value[start:end]))
+        contexts.append(F.scaled_dot_product_attention(q, k, v).transpose(0, 1))
+    return torch.cat(contexts)
+
+
+@pytest.mark.parametrize("asking_share", [1.0, 0.2, 0.0], ids=["all ask", "some ask", "nobody asks"])
+@pytest.mark.parametrize("name", LENGTHS)
+def test_a_kernel_for_patients_end_to_end_is_told_where_each_begins(
+    name: str, asking_share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_end_to_end", told_where_each_begins)
+    query, key, value, counts, asking = random_case(LENGTHS[name], asking_share)
+    runs = PatientRuns.of(counts, heads=2, longest=7, device=CPU)
+    if asking_share < 1:
+        runs = runs.asking(asking)
+    found = attend(query[asking], key, value, runs)
+    assert found.shape == (len(asking), 8)
+    if len(asking):
+        expected = one_at_a_time(query, key, value, counts, asking, heads=2)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def across_patients(query, key, value, *bounds_and_longest):
+    q, k, v = (x.transpose(0, 1) for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v).transpose(0, 1)
+
+
+def refusing(*arguments):
+    raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "agrees"), [(told_where_each_begins, True), (across_patients, False), (refusing, False)]
+)
+def test_a_kernel_is_used_only_where_it_computes_what_padded_groups_do(
+    kernel, agrees: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_end_to_end", kernel)
+    assert attention._kernel_agrees.__wrapped__(CPU, torch.float32, 8) is agrees
 
 
 def test_a_token_that_is_no_number_reaches_no_patient_of_another_group() -> None:

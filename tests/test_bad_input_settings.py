@@ -148,6 +148,7 @@ FLAG_CASES = [
     train("--dropout", "-nan", refused=r"--dropout: input should be a finite number"),
     train("--dropout", "", refused=r"'--dropout': '' is not a valid float"),
     train("--epochs", "1e2", refused=r"'--epochs': '1e2' is not a valid integer"),
+    train("--compile", "--device", "cpu", refused=r"--compile: is for CUDA"),
     train("--epochs", DIGITS, refused=r"--epochs"),
     train("--batch-size", str(10**12), refused=r"--batch-size: input should be less"),
     train("--max-position", str(10**12), refused=r"--max-position: expected at most 100,000"),

@@ -51,7 +51,7 @@ NOT_SEARCHED = {
         ("epochs", "early_stopping_patience", "early_stopping_min_delta", "max_patients"),
         "decides how much a trial may learn, which is the pruner's to decide",
     ),
-    **dict.fromkeys(("device", "precision", "stop_on", "seed", "accumulation_steps"), "is nothing to tune"),
+    **dict.fromkeys(("device", "precision", "compile", "stop_on", "seed", "accumulation_steps"), "is nothing to tune"),
 }
 """Settings that a sweep may set and not search, and why."""
 

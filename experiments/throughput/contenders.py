@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from behrt.batches import TrainingBatches
 from behrt.config import BEHRTConfig, ExperimentSettings
 from behrt.devices import choose_precision
+from behrt.model import compile_layers
 from behrt.pretrain import build_model, masked_lm_loss
 from behrt.records import Records
 from behrt.trainer import LossSums, StepSource, Trainer
@@ -139,6 +140,8 @@ class Own:
         batches = own_batches(settings, records)
         self._steps = FirstSteps(batches)
         self._clock = Clock(device)
+        if settings.training.compile:
+            compile_layers(model)
         few = next(batches.epoch(0))[:1]
         training = settings.training if validation else settings.training.model_copy(update=ENDLESS)
         self._trainer = Trainer(

@@ -158,6 +158,7 @@ def cli() -> None:
 @click.option("--adaptation", "adaptations", multiple=True, type=click.Choice(list(ADAPTATIONS)), default=ADAPTATIONS)
 @click.option("--own-precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto", show_default=True)
 @click.option("--max-position", default="auto", show_default=True, help="Longest sequence, as of `behrt train`.")
+@click.option("--compile/--no-compile", "compiled", default=False, help="As of `behrt train`.")
 def throughput(
     sets: dict[str, dict[str, Any]],
     device: str,
@@ -168,10 +169,11 @@ def throughput(
     adaptations: tuple[str, ...],
     own_precision: str,
     max_position: str,
+    compiled: bool,
 ) -> None:
     """Real tokens per second of every contender, in turns."""
     for (data, flags), size, adaptation in product(sets.items(), sizes, adaptations):
-        others = {"device": device, "precision": own_precision, "max_position": max_position}
+        others = {"device": device, "precision": own_precision, "max_position": max_position, "compile": compiled}
         settings = settings_for(flags, size=size, adaptation=adaptation, **others)
         turns = max(1, steps // 10) if size == "large" else steps
         compared = compare(settings, rounds, turns, max(warmup, turns))
