@@ -9,9 +9,9 @@ epochs, runs and trials; baselines and floors are computed on the very same arra
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -227,13 +227,34 @@ class MaskedSequences:
             row_length=row_length,
         )
 
-    def packed(self, patients_per_batch: int, row_length: int) -> list[PackedBatch]:
+    def packed(self, patients_per_batch: int, row_length: int) -> Sequence[PackedBatch]:
         """All patients, so many a batch."""
-        firsts = range(0, len(self.sequences), patients_per_batch)
-        return [
-            self.batch(first, min(first + patients_per_batch, len(self.sequences)), row_length=row_length)
-            for first in firsts
-        ]
+        return PackedSet(self, patients_per_batch, row_length)
+
+
+@dataclass(frozen=True)
+class PackedSet(Sequence[PackedBatch]):
+    """Batches that are laid out when they are asked for: rows take three times the memory of flat sequences."""
+
+    masked: MaskedSequences
+    patients_per_batch: int
+    row_length: int
+
+    def __len__(self) -> int:
+        return -(-len(self.masked.sequences) // self.patients_per_batch)
+
+    @overload
+    def __getitem__(self, index: int) -> PackedBatch: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[PackedBatch]: ...
+
+    def __getitem__(self, index: int | slice) -> PackedBatch | list[PackedBatch]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
+        first = range(len(self))[index] * self.patients_per_batch
+        stop = min(first + self.patients_per_batch, len(self.masked.sequences))
+        return self.masked.batch(first, stop, row_length=self.row_length)
 
 
 def evaluation_set(

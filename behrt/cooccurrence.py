@@ -59,6 +59,8 @@ TUNING_TOKENS = 100_000
 """Tokens of training patients that the weights are fitted on, special ones included."""
 MOST_DRAWS = 8
 """Draws of masks for the same training patient, where patients are few: two thirds of the tokens are asked for."""
+TRAINING_TOKENS = 2_000_000
+"""Tokens of training patients that are counted; of more, a random part of the patients. Bounds memory and time."""
 VALIDATION_TOKENS = 250_000
 """Tokens of validation patients that are predicted; of more, a random part of the patients."""
 PAIRS_AT_MOST = 20_000_000
@@ -82,6 +84,7 @@ class Draw(IntEnum):
     COUNTED = 2
     TUNED_ON = 3
     PREDICTED = 4
+    LOOKED_AT = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +209,7 @@ def measure_cooccurrence(training: FlatSequences, validation: MaskedSequences, v
     """How much contexts gain on the unigram where `[MASK]` is shown.
 
     Args:
-        training: the training patients, cut as the run cuts them.
+        training: training patients, cut as the run cuts them; of many, `random_part` says which are enough.
         validation: the validation patients under their masks; nothing is fitted on them.
         vocab_size: number of tokens, the special ones included.
     """
@@ -464,12 +467,15 @@ def tokens_of(sequences: FlatSequences, patients: NDArray[np.int64]) -> tuple[ND
 
 def some_patients(masked: MaskedSequences) -> MaskedSequences:
     """All patients, or a random part that has no more than `VALIDATION_TOKENS`."""
-    sequences = masked.sequences
-    order = stream(FIXED_SEED, Stream.TRAINING_SAMPLE, Draw.PREDICTED).permutation(len(sequences))
-    lengths = np.cumsum(np.diff(sequences.offsets)[order])
-    patients = np.sort(order[: max(1, int((lengths <= VALIDATION_TOKENS).sum()))])
-    index, _ = tokens_of(sequences, patients)
-    return MaskedSequences(take(sequences, patients), masked.shown[index], masked.scored[index])
+    patients = random_part(np.diff(masked.sequences.offsets), VALIDATION_TOKENS, Draw.PREDICTED)
+    index, _ = tokens_of(masked.sequences, patients)
+    return MaskedSequences(take(masked.sequences, patients), masked.shown[index], masked.scored[index])
+
+
+def random_part(lengths: NDArray[np.int64], most: int, draw: Draw) -> NDArray[np.int64]:
+    """Indices, rising, of as many random patients as have no more than `most` tokens together, and of one at least."""
+    order = stream(FIXED_SEED, Stream.TRAINING_SAMPLE, draw).permutation(len(lengths))
+    return np.sort(order[: max(1, int((np.cumsum(lengths[order]) <= most).sum()))])
 
 
 def mean(values: NDArray[np.float64]) -> float:

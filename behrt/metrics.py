@@ -43,12 +43,17 @@ def unigram(train_codes: NDArray[np.int32], vocab_size: int) -> NDArray[np.float
     >>> np.exp(unigram(np.array([2, 5, 5, 6, 3], dtype=np.int32), 8))
     array([0. , 0. , 0. , 0. , 0. , 0.5 , 0.33333333, 0.16666667])
     """
-    ordinary = train_codes[train_codes >= FIRST_CODE]
+    assert train_codes.max(initial=0) < vocab_size
+    return unigram_of_counts(np.bincount(train_codes.ravel(), minlength=vocab_size))
+
+
+def unigram_of_counts(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The same from how often each token was counted, int64 [vocab_size]; special ones do not matter."""
+    vocab_size = len(counts)
     assert vocab_size > FIRST_CODE
-    assert ordinary.max(initial=0) < vocab_size
-    counts = np.bincount(ordinary, minlength=vocab_size)[FIRST_CODE:] + 1.0
+    smoothed = counts[FIRST_CODE:] + 1.0
     log_probabilities = np.full(vocab_size, -np.inf)
-    log_probabilities[FIRST_CODE:] = np.log(counts / counts.sum())
+    log_probabilities[FIRST_CODE:] = np.log(smoothed / smoothed.sum())
     return log_probabilities
 
 

@@ -13,21 +13,23 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from behrt.batches import MaskedSequences, cut, evaluation_set, gather
+from behrt.batches import FlatSequences, MaskedSequences, cut, evaluation_set, gather
 from behrt.cohort import load_cohort, simulate
 from behrt.config import MAX_AUTO_POSITION, DataSettings, ExperimentSettings, UserError
-from behrt.cooccurrence import measure_cooccurrence
+from behrt.cooccurrence import TRAINING_TOKENS, Draw, measure_cooccurrence, random_part
 from behrt.files import locked
 from behrt.floor import Floor, exact_floor
 from behrt.history import Baselines
 from behrt.masking import FIXED_SEED, Stream, stream
-from behrt.metrics import chance_loss, copying_loss, unigram, unigram_loss_and_accuracy
+from behrt.metrics import chance_loss, copying_loss, unigram_loss_and_accuracy, unigram_of_counts
 from behrt.prepare import prepare
 from behrt.prepare_options import PrepareOptions
 from behrt.sequences import PreparedData, PreparedSplit, open_prepared
 from behrt.spill import Progress
 from behrt.vocabulary import FIRST_CODE
 
+COUNTED_AT_ONCE = 4_096
+"""Patients whose codes are in memory at once while codes are counted."""
 SHORTEST_ROW = 128
 """Rows of short sequences are made this long, so that several patients share one."""
 
@@ -98,11 +100,12 @@ class Records:
     @cached_property
     def _baselines(self) -> Baselines:
         vocab_size = len(self.data.vocabulary)
-        train, _ = cut(gather(self.training, self.training_patients), self.max_position)
-        frequencies = unigram(train.codes, vocab_size)
+        frequencies = unigram_of_counts(self._code_counts())
         labels, shown = self.validation.labels, self.validation.shown[self.validation.scored]
         unigram_loss, unigram_accuracy = unigram_loss_and_accuracy(frequencies, labels)
-        found = measure_cooccurrence(train, self.validation, vocab_size)
+        lengths = np.minimum(self.training.lengths[self.training_patients], self.max_position).astype(np.int64)
+        some = self.training_patients[random_part(lengths, TRAINING_TOKENS, Draw.LOOKED_AT)]
+        found = measure_cooccurrence(self._cut(some), self.validation, vocab_size)
         floor = self._floor()
         return Baselines(
             chance_loss=chance_loss(vocab_size),
@@ -118,6 +121,18 @@ class Records:
             cooccurrence_gain_low=found.low,
             cooccurrence_gain_high=found.high,
         )
+
+    def _cut(self, patients: npt.NDArray[np.int64]) -> FlatSequences:
+        """The latest visits of training patients."""
+        return cut(gather(self.training, patients), self.max_position)[0]
+
+    def _code_counts(self) -> npt.NDArray[np.int64]:
+        """How often each token is trained on, int64 [vocab_size]; few patients at a time are in memory."""
+        counts = np.zeros(len(self.data.vocabulary), np.int64)
+        for first in range(0, len(self.training_patients), COUNTED_AT_ONCE):
+            codes = self._cut(self.training_patients[first : first + COUNTED_AT_ONCE]).codes
+            counts += np.bincount(codes, minlength=len(counts))
+        return counts
 
     def _floor(self) -> Floor | None:
         """The best possible prediction on the validation masks; None where it is not known."""

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from behrt import records as records_module
 from behrt.cli import main
 from behrt.config import ExperimentSettings, UserError, load_experiment
+from behrt.cooccurrence import measure_cooccurrence
 from behrt.records import Records, auto_max_position, open_records, select_records
 
 
@@ -45,6 +47,31 @@ def test_the_unigram_loss_is_that_of_the_training_counts_on_the_validation_label
     found = records.baselines(vocab_size)
     assert found.unigram_loss == pytest.approx(expected, rel=1e-9)
     assert found.chance_loss == math.log(vocab_size)
+
+
+def test_counting_a_few_patients_at_a_time_counts_every_token_once(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = select(prepared).baselines(100)
+    monkeypatch.setattr(records_module, "COUNTED_AT_ONCE", 7)
+    assert select(prepared).baselines(100) == whole
+
+
+def test_of_many_training_patients_a_part_is_enough_to_see_what_stands_together(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def watched(training, validation, vocab_size):
+        seen.append(np.diff(training.offsets))
+        return measure_cooccurrence(training, validation, vocab_size)
+
+    monkeypatch.setattr(records_module, "measure_cooccurrence", watched)
+    whole = select(prepared).baselines(100)
+    monkeypatch.setattr(records_module, "TRAINING_TOKENS", 1_000)
+    part = select(prepared).baselines(100)
+    assert seen[0].sum() > 1_000 >= seen[1].sum() > 900
+    assert part.unigram_loss == whole.unigram_loss
 
 
 def test_the_floor_is_computed_on_what_a_short_model_sees(prepared: Path) -> None:

@@ -12,7 +12,7 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
@@ -92,7 +92,7 @@ def probe(
         step = first_scored_step(steps)
         if step is None:
             return facts
-        load = Load.of(steps, (*train_evaluation, *validation))
+        load = Load.of(steps, itertools.chain(train_evaluation, validation))
         silent = _silent_adapters(model, step, device)
         row = gradient_pass(model, loss, one_row(step), device=device, precision=precision)
         needed = partial(
@@ -331,7 +331,8 @@ class Load:
     largest_evaluated: int
 
     @classmethod
-    def of(cls, steps: StepSource[PackedBatch], evaluated: Sequence[PackedBatch]) -> Load:
+    def of(cls, steps: StepSource[PackedBatch], evaluated: Iterable[PackedBatch]) -> Load:
+        sizes = [_size(batch) for batch in evaluated]
         started = time.perf_counter()
         sample = list(itertools.islice(steps.epoch(1), STEPS_SAMPLED))
         return cls(
@@ -339,8 +340,8 @@ class Load:
             step_size=statistics.fmean(sum(_size(batch) for batch in step) for step in sample),
             largest_size=max(_size(batch) for step in sample for batch in step),
             draw_seconds=(time.perf_counter() - started) / len(sample),
-            evaluation_size=sum(_size(batch) for batch in evaluated),
-            largest_evaluated=max((_size(batch) for batch in evaluated), default=0),
+            evaluation_size=sum(sizes),
+            largest_evaluated=max(sizes, default=0),
         )
 
 
