@@ -271,8 +271,9 @@ class BEHRT(nn.Module):
         groups = PatientGroups.of(counts, heads=self.config.num_heads, device=embedded.device)
         if scored is not None:
             wanted = scored.flatten()[tokens[:number]].nonzero().squeeze(1)
-            result: Tensor = self.encoder(embedded, groups, wanted)
-            return result  # [scored, hidden_dim]
+            repeated = missing_to_recur(len(wanted), 16, codes.device)  # the last token, which asks so often
+            result: Tensor = self.encoder(embedded, groups, F.pad(wanted, (0, repeated), value=len(tokens) - 1))
+            return result[: len(wanted)]  # [scored, hidden_dim]
         hidden: Tensor = self.encoder(embedded, groups)[:number]  # [tokens, hidden_dim]
         if number < codes.numel():
             hidden = hidden.new_zeros(codes.numel(), hidden.shape[1]).index_copy(0, tokens[:number], hidden)
