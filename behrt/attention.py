@@ -31,8 +31,9 @@ SHARED_LANE = 64
 """What the lengths of lanes that patients share are multiples of. So there are few kinds of products, larger ones, and
 the same ones at every step: in lower precision oneDNN compiles a kernel for each kind."""
 
-NARROWEST_LOWERED = 64
-"""Width of a head from which the products of attention are computed in a lower precision."""
+NARROWEST_LOWERED = 32
+"""Width of a head from which the products of attention are computed in a lower precision; in narrower ones it saves
+nothing."""
 
 
 class Block(NamedTuple):

@@ -120,7 +120,7 @@ def test_padding_is_a_small_share_where_lengths_are_uneven() -> None:
     assert 64 * counts.max() > 1.8 * counts.sum()  # negative control: one group of all
 
 
-@pytest.mark.parametrize("head_dim", [32, 64])
+@pytest.mark.parametrize("head_dim", [16, 32, 64])
 def test_in_bf16_the_context_stays_close_to_float32(head_dim: int) -> None:
     query, key, value, counts, _ = random_case(LENGTHS["uneven"], 1.0, head_dim=head_dim)
     groups = PatientGroups.of(counts, heads=2, device=CPU)
