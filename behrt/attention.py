@@ -1,21 +1,25 @@
 """How do the tokens of each patient attend to each other, and to no one else's, without paying for padding?
 
-Everything but attention treats a token on its own, and gets the tokens of all patients end to end. For attention alone,
-patients of similar length are put side by side in groups, each padded to the longest of its group; or, on a GPU whose
+Everything but attention treats a token on its own, and gets the tokens of all patients end to end. For attention alone
+they are laid out in lanes, and lanes of similar length are put side by side in groups, each padded to the longest of
+its group. A lane holds one patient, or, on the CPU, several short ones that see nothing of each other. On a GPU whose
 kernel is told where each patient begins (Dao, 2023, "FlashAttention-2"), they stay as they are.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from behrt.cheap_layers import missing_to_recur
 from behrt.devices import to_device
 
 SHORTEST_OF_GROUP = 0.7
@@ -26,27 +30,88 @@ LONGEST_EXPLICIT = 256
 """Tokens up to which attention on the CPU is plain matrix products that keep their weights for the backward pass: for
 short histories four times as fast as the fused kernel, whose memory does not grow with the square of the length."""
 
-NARROWEST_LOWERED = 64
-"""Width of a head from which the products of attention are computed in a lower precision; below, compiling kernels for
-shapes that change with every step costs more than it saves."""
+SHARED_LANE = 64
+"""What the lengths of lanes that patients share are multiples of. So there are few kinds of products, larger ones, and
+the same ones at every step: in lower precision oneDNN compiles a kernel for each kind."""
+
+NARROWEST_LOWERED = 32
+"""Width of a head from which the products of attention are computed in a lower precision; in narrower ones it saves
+nothing."""
 
 
 class Block(NamedTuple):
-    """One group of patients, each padded to `width` tokens."""
+    """One group of lanes, each padded to `width` tokens."""
 
-    patients: int
+    lanes: int
     heads: int
     width: int
 
     @property
     def rows(self) -> int:
-        return self.patients * self.heads * self.width
+        return self.lanes * self.heads * self.width
+
+
+class Lanes(NamedTuple):
+    """Which patients lie in which lane.
+
+    Attributes:
+        order: int64 [patients], their indices in the order in which the lanes hold them.
+        lanes: int64 [patients], the lane of each, in that order.
+        bounds: first and last (exclusive) lane of each group.
+    """
+
+    order: Tensor
+    lanes: Tensor
+    bounds: list[tuple[int, int]]
+
+    @classmethod
+    def of_one(cls, counts: Tensor) -> Lanes:
+        """A lane for each patient, from the longest to the shortest."""
+        order = torch.argsort(counts, descending=True, stable=True)
+        return cls(order, torch.arange(len(counts)), _similar(counts[order].tolist()))
+
+    @classmethod
+    def shared(cls, counts: Tensor) -> Lanes:
+        """Each patient in the lane with the least room for it; those that are too long for that have their own."""
+        order = torch.argsort(counts, descending=True, stable=True)
+        lengths = counts[order].tolist()
+        alone = sum(length > LONGEST_EXPLICIT for length in lengths)
+        members = [[place] for place in range(alone)]
+        sizes: list[int] = []  # of the lanes that are shared; they fall, as lengths do
+        with_room: dict[int, list[int]] = {}
+        for place, length in enumerate(lengths[alone:], alone):
+            room = next((room for room in range(length, LONGEST_EXPLICIT) if with_room.get(room)), 0)
+            if room:
+                lane = with_room[room].pop()
+            else:
+                lane, room = len(members), length + -length % SHARED_LANE
+                members.append([])
+                sizes.append(room)
+            members[lane].append(place)
+            with_room.setdefault(room - length, []).append(lane)
+        starts = [lane for lane in range(len(sizes)) if lane == 0 or sizes[lane] < sizes[lane - 1]]
+        bounds = [(alone + first, alone + stop) for first, stop in pairwise([*starts, len(sizes)])]
+        lanes = torch.arange(len(members)).repeat_interleave(torch.tensor([len(m) for m in members], dtype=torch.int64))
+        places = torch.tensor([place for lane in members for place in lane], dtype=torch.int64)
+        return cls(order[places], lanes, _similar(lengths[:alone]) + bounds)
+
+
+def _similar(lengths: list[int]) -> list[tuple[int, int]]:
+    """First and last (exclusive) of groups of similar length, where `lengths` fall."""
+    bounds, first = [], 0
+    for place, length in enumerate(lengths):
+        if length < SHORTEST_OF_GROUP * lengths[first]:
+            bounds.append((first, place))
+            first = place
+    if lengths:
+        bounds.append((first, len(lengths)))
+    return bounds
 
 
 class Side:
     """Where the tokens of one side of attention, those that ask or those that are asked, stand in the padded groups.
 
-    A row is one head of one token. There are `tokens * heads` of them; padded, they are in the order group, patient,
+    A row is one head of one token. There are `tokens * heads` of them; padded, they are in the order group, lane,
     head, token.
 
     Attributes:
@@ -54,51 +119,57 @@ class Side:
         places: int64 [tokens * heads], the padded row of each row.
         sources: int64 [padded rows], the row that stands there; 0 in padding.
         filled: bool [padded rows], what is no padding; None where nothing is padding.
-        biases: for each group float32 [patients, heads, 1, width], 0 for a token and -inf for padding, or None.
+        biases: for each group float32 [lanes, heads, 1, width], 0 for a token and -inf for padding, or None.
+        owners: for each group int64 [lanes, width] on the CPU, the patient of each token, -1 in padding.
     """
 
-    def __init__(
-        self, counts: Tensor, order: Tensor, bounds: list[tuple[int, int]], *, heads: int, device: torch.device
-    ) -> None:
+    def __init__(self, counts: Tensor, lanes: Lanes, *, heads: int, device: torch.device) -> None:
         """`counts`: int64 [patients], tokens of each patient on this side. The others as in `PatientGroups`."""
         self.heads = heads
-        ordered = counts[order].tolist()
-        self.blocks = [Block(stop - first, heads, max(ordered[first:stop])) for first, stop in bounds]
-        widths = torch.empty_like(counts)  # [patients], padded length of each
-        widths[order] = torch.tensor(
-            [block.width for block in self.blocks for _ in range(block.patients)], dtype=torch.int64
-        )
-        firsts = torch.empty_like(counts)  # [patients], first padded row of each
-        firsts[order] = heads * (widths[order].cumsum(0) - widths[order])
+        order, lane_of, bounds = lanes
+        number = bounds[-1][1] if bounds else 0
+        ordered = counts[order]
+        lengths = torch.zeros(number, dtype=torch.int64).index_add_(0, lane_of, ordered)  # [lanes]
+        self.blocks = []
+        for first, stop in bounds:
+            width = int(lengths[first:stop].max())
+            self.blocks.append(Block(stop - first, heads, width + missing_to_recur(width, 16, device)))
+        widths = torch.tensor([block.width for block in self.blocks for _ in range(block.lanes)], dtype=torch.int64)
+        before = ordered.cumsum(0) - ordered - (lengths.cumsum(0) - lengths)[lane_of]  # tokens, in the lane
+        firsts, widths_of = torch.empty_like(counts), torch.empty_like(counts)  # [patients], first padded row; width
+        firsts[order] = heads * (widths.cumsum(0) - widths)[lane_of] + before
+        widths_of[order] = widths[lane_of]
         tokens, padded_rows = int(counts.sum()), sum(block.rows for block in self.blocks)
         patients = torch.arange(len(counts)).repeat_interleave(counts)  # [tokens]
         within = torch.arange(tokens) - (counts.cumsum(0) - counts)[patients]
-        places = (firsts[patients] + within)[:, None] + widths[patients][:, None] * torch.arange(heads)
+        places = (firsts[patients] + within)[:, None] + widths_of[patients][:, None] * torch.arange(heads)
         self.places = places.flatten()
         self.sources = torch.zeros(padded_rows, dtype=torch.int64)
         self.sources[self.places] = torch.arange(tokens * heads)
+        owners = torch.full((padded_rows,), -1)
+        owners[self.places] = patients.repeat_interleave(heads)
+        self.owners = [part.view(block)[:, 0] for part, block in self._parts(owners)]
         self.filled: Tensor | None = None
         self.biases: list[Tensor | None] = [None] * len(self.blocks)
         if tokens * heads < padded_rows:
-            bias = torch.full((padded_rows,), -math.inf)
-            bias[self.places] = 0
-            self.filled = (bias == 0).to(device)
-            parts = bias.to(device).split([block.rows for block in self.blocks])  # type: ignore[no-untyped-call]
-            self.biases = [
-                part.view(block.patients, heads, 1, block.width)
-                for part, block in zip(parts, self.blocks, strict=True)
-            ]  # fmt: skip
+            self.filled = (owners >= 0).to(device)
+            bias = torch.zeros(padded_rows).masked_fill_(owners < 0, -math.inf).to(device)
+            self.biases = [part.view(block.lanes, heads, 1, block.width) for part, block in self._parts(bias)]
         self.places, self.sources = self.places.to(device), self.sources.to(device)
 
+    def _parts(self, padded: Tensor) -> Iterator[tuple[Tensor, Block]]:
+        """The padded rows of each group."""
+        parts = padded.split([block.rows for block in self.blocks])  # type: ignore[no-untyped-call]
+        return zip(parts, self.blocks, strict=True)
+
     def pad(self, x: Tensor) -> list[Tensor]:
-        """`x` [tokens, heads * head_dim] as a tensor [patients, heads, width, head_dim] for each group.
+        """`x` [tokens, heads * head_dim] as a tensor [lanes, heads, width, head_dim] for each group.
 
         What stands in padding is some row: finite, and meaningless. No gradient comes back from it.
         """
         head_dim = x.shape[1] // self.heads
         padded: Tensor = _Pad.apply(x.reshape(-1, head_dim), self)  # type: ignore[no-untyped-call]
-        parts = padded.split([block.rows for block in self.blocks])  # type: ignore[no-untyped-call]
-        return [part.view(*block, head_dim) for part, block in zip(parts, self.blocks, strict=True)]
+        return [part.view(*block, head_dim) for part, block in self._parts(padded)]
 
     def unpad(self, groups: list[Tensor]) -> Tensor:
         """The inverse of `pad`: [tokens, heads * head_dim]."""
@@ -134,43 +205,47 @@ class _Unpad(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class PatientGroups:
-    """Patients of similar length, so that attention within a group wastes little on padding.
+    """Patients in lanes of similar length, so that attention wastes little on padding.
 
     Attributes:
         counts: int64 [patients] on the CPU, tokens of each patient, in the order in which they stand end to end.
-        order: int64 [patients] on the CPU, their indices from the longest to the shortest.
-        bounds: first and last (exclusive) of each group, in that order.
+        lanes: where they lie.
         keys: all tokens.
         queries: those that ask; all tokens, as a rule.
+        biases: for each group float32 that broadcasts to [lanes, heads, asking, width], -inf for what is padding or
+            another patient's, else 0; None where there is neither.
     """
 
     counts: Tensor
-    order: Tensor
-    bounds: list[tuple[int, int]]
+    lanes: Lanes
     keys: Side
     queries: Side
+    biases: list[Tensor | None]
 
     @classmethod
     def of(cls, counts: Tensor, *, heads: int, device: torch.device) -> PatientGroups:
         """Groups of patients that have `counts` tokens (int64 [patients] on the CPU, at least 1 each)."""
-        order = torch.argsort(counts, descending=True, stable=True)
-        lengths = counts[order].tolist()
-        bounds, first = [], 0
-        for place, length in enumerate(lengths):
-            if length < SHORTEST_OF_GROUP * lengths[first]:
-                bounds.append((first, place))
-                first = place
-        if lengths:
-            bounds.append((first, len(lengths)))
-        keys = Side(counts, order, bounds, heads=heads, device=device)
-        return cls(counts, order, bounds, keys, keys)
+        lanes = Lanes.shared(counts) if device.type == "cpu" else Lanes.of_one(counts)
+        keys = Side(counts, lanes, heads=heads, device=device)
+        return cls(counts, lanes, keys, keys, _biases(lanes, keys, keys))
 
     def asking(self, wanted: Tensor) -> PatientGroups:
         """The same groups where only the tokens `wanted` ask (int64 indices, rising); all are asked."""
         patients = torch.bucketize(wanted.cpu(), self.counts.cumsum(0), right=True)
         counts = torch.bincount(patients, minlength=len(self.counts))
-        queries = Side(counts, self.order, self.bounds, heads=self.keys.heads, device=wanted.device)
-        return replace(self, queries=queries)
+        queries = Side(counts, self.lanes, heads=self.keys.heads, device=wanted.device)
+        return replace(self, queries=queries, biases=_biases(self.lanes, queries, self.keys))
+
+
+def _biases(lanes: Lanes, queries: Side, keys: Side) -> list[Tensor | None]:
+    patients = torch.bincount(lanes.lanes).tolist()  # of each lane
+    biases = list(keys.biases)
+    for group, (first, stop) in enumerate(lanes.bounds):
+        if max(patients[first:stop]) > 1:
+            asking, asked = queries.owners[group][:, :, None], keys.owners[group][:, None, :]
+            apart = (asking != asked) & (asking >= 0)  # what is padding may see anything, else it would be no number
+            biases[group] = torch.zeros(apart.shape).masked_fill_(apart, -math.inf)[:, None]
+    return biases
 
 
 @dataclass(frozen=True)
@@ -259,7 +334,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, groups: Patients) -> Tenso
         q, k, v = (x.view(len(x), groups.heads, -1) for x in (query, key, value))
         return _end_to_end(q, k, v, groups.queries, groups.keys, groups.longest).flatten(1)
     queries, keys = groups.queries, groups.keys
-    parts = zip(queries.pad(query), keys.pad(key), keys.pad(value), keys.biases, strict=True)
+    parts = zip(queries.pad(query), keys.pad(key), keys.pad(value), groups.biases, strict=True)
     return queries.unpad([_attend_in_group(*part) for part in parts])
 
 
@@ -273,7 +348,7 @@ def _end_to_end(query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys
 
 
 def _attend_in_group(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-    """Attention over tensors [patients, heads, width, head_dim]; `bias` [patients, heads, 1, width] of the keys."""
+    """Attention over tensors [lanes, heads, width, head_dim]; `bias` as in `PatientGroups`."""
     if not query.shape[2]:  # nobody in this group asks
         return query
     if query.device.type != "cpu" or key.shape[2] > LONGEST_EXPLICIT:
@@ -289,8 +364,8 @@ def _attend_explicitly(query: Tensor, key: Tensor, value: Tensor, bias: Tensor |
     if dtype.itemsize < 4 and query.shape[-1] < NARROWEST_LOWERED:
         query, key, value = query.float(), key.float(), value.float()
     scale = 1 / math.sqrt(query.shape[-1])
-    scores = query @ key.transpose(-1, -2)  # [patients, heads, asking, width]
-    scores = scores * scale if bias is None else torch.add(bias, scores, alpha=scale)
-    exact = torch.promote_types(scores.dtype, torch.float32)
+    scores = query @ key.transpose(-1, -2)  # [lanes, heads, asking, width]
+    # in one dtype: torch adds the like much faster than the unlike, and inside of the softmax all is float32
+    scores = scores * scale if bias is None else torch.add(bias.to(scores.dtype), scores, alpha=scale)
     # No dropout on the weights: the residual branch has its own.
-    return (scores.softmax(-1, dtype=exact).to(value.dtype) @ value).to(dtype)
+    return (scores.softmax(-1) @ value).to(dtype)

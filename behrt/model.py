@@ -276,8 +276,9 @@ class BEHRT(nn.Module):
         embedded = self.embeddings(*(x.flatten()[tokens] for x in (codes, ages, visits, positions)))
         groups = self._patients(counts, embedded.device)
         if wanted is not None:
-            result: Tensor = self.encoder(embedded, groups, wanted)
-            return result  # [scored, hidden_dim]
+            repeated = missing_to_recur(len(wanted), 16, codes.device)  # the last token, which asks so often
+            result: Tensor = self.encoder(embedded, groups, F.pad(wanted, (0, repeated), value=len(tokens) - 1))
+            return result[: len(wanted)]  # [scored, hidden_dim]
         hidden: Tensor = self.encoder(embedded, groups)[:number]  # [tokens, hidden_dim]
         if number < codes.numel():
             hidden = hidden.new_zeros(codes.numel(), hidden.shape[1]).index_copy(0, tokens[:number], hidden)

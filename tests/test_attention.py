@@ -5,7 +5,15 @@ import torch
 import torch.nn.functional as F
 
 from behrt import attention
-from behrt.attention import SHORTEST_OF_GROUP, PatientGroups, PatientRuns, attend
+from behrt.attention import (
+    LONGEST_EXPLICIT,
+    SHARED_LANE,
+    SHORTEST_OF_GROUP,
+    Lanes,
+    PatientGroups,
+    PatientRuns,
+    attend,
+)
 
 CPU = torch.device("cpu")
 LENGTHS = {
@@ -116,8 +124,8 @@ def test_a_kernel_is_used_only_where_it_computes_what_padded_groups_do(
     assert attention._kernel_agrees.__wrapped__(CPU, torch.float32, 8) is agrees
 
 
-def test_a_token_that_is_no_number_reaches_no_patient_of_another_group() -> None:
-    query, key, value, counts, _ = random_case([40, 5], 1.0)
+def test_a_token_that_is_no_number_reaches_no_patient_of_another_lane() -> None:
+    query, key, value, counts, _ = random_case([40, 30], 1.0)
     with torch.no_grad():
         key[41] = torch.nan
     context = attend(query, key, value, PatientGroups.of(counts, heads=2, device=CPU))
@@ -125,16 +133,41 @@ def test_a_token_that_is_no_number_reaches_no_patient_of_another_group() -> None
     assert context[40:].isnan().any()
 
 
-def test_a_group_holds_patients_of_similar_length_and_every_patient_once() -> None:
-    counts = torch.randint(1, 200, (300,), generator=torch.Generator().manual_seed(0))
-    groups = PatientGroups.of(counts, heads=1, device=CPU)
-    assert sorted(groups.order.tolist()) == list(range(300))
-    assert [first for first, _ in groups.bounds] == [0, *(stop for _, stop in groups.bounds[:-1])]
-    for (first, stop), block in zip(groups.bounds, groups.keys.blocks, strict=True):
-        lengths = counts[groups.order[first:stop]]
-        assert lengths.max() == block.width
-        assert lengths.min() >= SHORTEST_OF_GROUP * block.width
-        assert block.patients == stop - first
+def uneven_counts() -> torch.Tensor:
+    return torch.randint(1, 400, (300,), generator=torch.Generator().manual_seed(0))
+
+
+def test_a_group_of_lanes_of_one_patient_holds_patients_of_similar_length_and_every_patient_once() -> None:
+    counts = uneven_counts()
+    order, lanes, bounds = Lanes.of_one(counts)
+    assert sorted(order.tolist()) == lanes.tolist() == list(range(300))
+    assert [first for first, _ in bounds] == [0, *(stop for _, stop in bounds[:-1])]
+    for first, stop in bounds:
+        lengths = counts[order[first:stop]]
+        assert lengths.min() >= SHORTEST_OF_GROUP * lengths.max()
+
+
+def test_shared_lanes_hold_every_patient_once_and_no_more_than_fits() -> None:
+    counts = uneven_counts()
+    order, lanes, bounds = Lanes.shared(counts)
+    assert sorted(order.tolist()) == list(range(300))
+    lengths = torch.zeros(bounds[-1][1], dtype=torch.int64).index_add_(0, lanes, counts[order])
+    for first, stop in bounds:
+        longest = int(counts[order[(lanes >= first) & (lanes < stop)]].max())
+        if longest > LONGEST_EXPLICIT:  # alone
+            assert torch.bincount(lanes)[first:stop].tolist() == [1] * (stop - first)
+        else:
+            assert lengths[first:stop].max() <= longest + -longest % SHARED_LANE
+
+
+def test_in_lower_precision_on_the_cpu_the_shapes_of_attention_are_few() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = set()
+    for _ in range(50):
+        counts = torch.randint(5, 60, (32,), generator=generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            shapes.update(PatientGroups.of(counts, heads=1, device=CPU).keys.blocks)
+    assert len(shapes) < 15
 
 
 def test_padding_is_a_small_share_where_lengths_are_uneven() -> None:
@@ -144,7 +177,7 @@ def test_padding_is_a_small_share_where_lengths_are_uneven() -> None:
     assert 64 * counts.max() > 1.8 * counts.sum()  # negative control: one group of all
 
 
-@pytest.mark.parametrize("head_dim", [32, 64])
+@pytest.mark.parametrize("head_dim", [16, 32, 64])
 def test_in_bf16_the_context_stays_close_to_float32(head_dim: int) -> None:
     query, key, value, counts, _ = random_case(LENGTHS["uneven"], 1.0, head_dim=head_dim)
     groups = PatientGroups.of(counts, heads=2, device=CPU)
