@@ -1,7 +1,7 @@
 # make train: simulate a cohort, train on it, show the result beside the best possible one.
 # make test:  format, lint, types, every test.
 # make bench: speed and memory beside Hugging Face and the guide's recipe, in some fifteen minutes on two cores.
-# make bench-quality: seconds until 90% of what can be learned is learned, beside the same, in up to half an hour.
+# make bench-quality: seconds until 90% of what can be learned is learned, beside the same, in up to an hour.
 # make soak:  ten minutes of killed processes, failing servers and random input; nothing may be lost.
 PYTHON ?= python3
 VENV := .venv

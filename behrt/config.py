@@ -319,6 +319,9 @@ class TrainingSettings(Section):
         default=1, ge=1, le=10_000_000, description="micro-batches that a step is computed in"
     )
     lr: float = Field(default=1e-3, gt=0)
+    table_rate: float = Field(
+        default=1.0, gt=0, le=1000, description="rate of tables, decoder, biases and norms, as a multiple of lr"
+    )
     weight_decay: float = Field(default=0.01, ge=0)
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1, description="share of all steps")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from behrt.config import UserError
 from behrt.lora import adapted_layers, insert_adapters, train_only
-from behrt.model import BEHRT
+from behrt.model import BEHRT, MaskedLMHead
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -52,6 +52,14 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     for parameter in model.parameters():
         groups[group_of[id(parameter)]].append(parameter)
     return groups
+
+
+def inner_matrices(model: nn.Module) -> list[Tensor]:
+    """The matrices from vectors to vectors: of adapters, and of linear layers save a decoder, whose rows are codes."""
+    decoders = {module.decoder for module in model.modules() if isinstance(module, MaskedLMHead)}
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module not in decoders]
+    adapters = [layer.lora for layer in adapted_layers(model).values()]
+    return [layer.weight for layer in linear] + [matrix for lora in adapters for matrix in (lora.A, lora.B)]
 
 
 def count_parameters(model: nn.Module) -> ParameterCounts:

@@ -24,6 +24,7 @@ from behrt.devices import free_cached_memory, is_out_of_memory
 from behrt.history import EpochRecord
 from behrt.masking import Stream, torch_seed
 from behrt.optimizer import AdamW
+from behrt.parameters import inner_matrices
 
 
 class Batch(Protocol):
@@ -153,14 +154,19 @@ def learning_rate_at(step: int, total_steps: int, settings: TrainingSettings) ->
 def make_optimizer(model: nn.Module, settings: TrainingSettings) -> AdamW:
     """AdamW over what is trainable; decoupled weight decay on matrices only (Loshchilov & Hutter, 2019).
 
-    Biases and LayerNorm weights are offsets and scales: pulled to 0 they give a worse model, not a simpler one.
+    Biases and LayerNorm weights are offsets and scales: pulled to 0 they give a worse model, not a simpler one. The
+    `rate` of a group is what its learning rate is multiplied by: 1 for matrices inside the network, else `table_rate`.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert trainable, "nothing is trainable"
-    matrices = [parameter for parameter in trainable if parameter.ndim >= 2]
-    vectors = [parameter for parameter in trainable if parameter.ndim < 2]
+    inside = {id(matrix) for matrix in inner_matrices(model)}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
+            rate = 1.0 if id(parameter) in inside else settings.table_rate
+            groups.setdefault((decay, rate), []).append(parameter)
+    assert groups, "nothing is trainable"
     return AdamW(
-        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        [{"params": params, "weight_decay": decay, "rate": rate} for (decay, rate), params in groups.items()],
         lr=settings.lr,
         fused=True,
     )
@@ -388,7 +394,7 @@ class Trainer(Generic[B]):
         )
         learning_rate = self._learning_rate(self._done.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = group["rate"] * learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._loss_sum += step_loss

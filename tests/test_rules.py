@@ -160,6 +160,13 @@ def test_a_rule_is_silent_without_its_symptom(name: str) -> None:
     assert name not in {skipped.rule for skipped in silent.not_checked}  # it was checked, and found nothing
 
 
+def test_the_rounding_of_sums_is_no_jitter() -> None:
+    jitter = [1, -1, 1, -1, 1, -1]
+    for size, fires in ((3e-3, True), (3e-6, False)):
+        found = rules_found({"val_patients": 30}, {"val_loss": [6.0 + size * sign for sign in jitter]})
+        assert ("noisy_validation" in found) is fires
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_rule_without_its_facts_is_listed_as_not_checked(name: str) -> None:
     diagnosis = diagnose(RunFacts())

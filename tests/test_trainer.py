@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from behrt.config import TrainingSettings
+from behrt.config import BEHRTConfig, TrainingSettings
 from behrt.history import EpochRecord
+from behrt.model import BEHRTForMaskedLM
+from behrt.parameters import apply_lora_to_behrt
 from behrt.trainer import EarlyStopping, LossSums, Trainer, learning_rate_at, make_optimizer
 
 
@@ -148,6 +150,36 @@ def test_decay_falls_on_matrices_only() -> None:
         "1.weight": 0.0,
         "1.bias": 0.0,
     }
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_tables_decoder_and_vectors_learn_at_a_multiple_of_the_rate_of_matrices_inside(use_lora: bool) -> None:
+    model = BEHRTForMaskedLM(BEHRTConfig.small(vocab_size=40))
+    if use_lora:
+        apply_lora_to_behrt(model, rank=4)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {
+        names[id(parameter)]: group["rate"]
+        for group in make_optimizer(model, TrainingSettings(table_rate=10.0)).param_groups
+        for parameter in group["params"]
+    }
+    assert set(rates) == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert rates["behrt.embeddings.codes.weight"] == rates["head.decoder.weight"] == rates["head.dense.bias"] == 10
+    assert rates["behrt.embeddings.projection.weight"] == rates["head.dense.weight"] == 1
+    inside = "behrt.encoder.layers.0.attention.query." + ("lora.A" if use_lora else "weight")
+    assert rates[inside] == 1
+
+
+def test_a_step_moves_what_is_no_inner_matrix_as_much_further_as_its_rate_is_higher() -> None:
+    moved = {}
+    for rate in (1.0, 10.0):
+        model = regression()
+        before = model.bias.item(), model.weight.detach().clone()
+        settings = {"epochs": 1, "lr": 1e-3, "schedule": "constant", "warmup_fraction": 0.0, "weight_decay": 0.0}
+        list(trainer(model, [[points(8, 0)]], table_rate=rate, **settings).epochs())
+        moved[rate] = abs(model.bias.item() - before[0]), (model.weight - before[1]).abs().max().item()
+    assert moved[10.0][0] == pytest.approx(10 * moved[1.0][0], rel=1e-3)
+    assert moved[10.0][1] == pytest.approx(moved[1.0][1], rel=1e-3)
 
 
 def test_the_best_weights_come_back_and_are_not_those_of_a_later_epoch() -> None:

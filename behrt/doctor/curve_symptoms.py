@@ -54,6 +54,8 @@ FAST = 0.01
 MEMORISED = 0.04
 """A training loss that lost this share of itself has learned something, be it by heart."""
 RISE_OF_FALL = 0.10
+ROUNDING = 1e-5
+"""Share of a loss by which it may differ through the order of its sums alone; smaller steps are no jumps."""
 RISE_OF_LOSS = 0.005
 """A validation loss has risen by more than noise and chance of the lowest epoch when both shares are passed."""
 EXPLODED = 0.10
@@ -364,7 +366,7 @@ def noisy_validation(facts: RunFacts) -> Symptom | None:
     moves = max(moved.start - moved.low, moved.rise)
     # Of a handful of values nobody can say what is jitter, unless all of it is tiny.
     noisy = moves < 3 * moved.noise if len(val) >= FEWEST_EPOCHS else moves < min(3 * jump, RISE_OF_LOSS * moved.start)
-    if not noisy or turns < (len(steps) - 1) / 3:
+    if not noisy or turns < (len(steps) - 1) / 3 or jump < ROUNDING * moved.start:
         return None
     return Symptom(numbers(jump=jump, moved_by=moves, turns=turns, epochs=len(val), val_patients=facts.val_patients))
 

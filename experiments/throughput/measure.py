@@ -35,6 +35,7 @@ ROOT = HERE.parents[1]
 RESULTS = HERE / "results.json"
 
 SIMULATED, SYNPUF = "simulated", "synpuf-meds"
+CONTENDERS = ("behrt", "hf", "guide")
 SIZES = ("small", "large")
 ADAPTATIONS: dict[str, dict[str, Any]] = {"lora": {"use_lora": True, "lora_rank": 16}, "full": {}}
 FLAT_PATIENTS = {1_000: 12, 5_000: 3, 58_000: 1}
@@ -308,21 +309,36 @@ def equal(steps: int) -> None:
 @cli.command()
 @device_option
 @click.option(
-    "--cap", default=240.0, show_default=True, help="Seconds of training after which a contender is given up."
+    "--cap", default=700.0, show_default=True, help="Seconds of training after which a contender is given up."
 )
 @click.option("--share", default=0.9, show_default=True, help="Of the gap, to be closed.")
 @click.option("--adaptation", type=click.Choice(list(ADAPTATIONS)), default="full", show_default=True)
-@click.option("--only", type=click.Choice(["behrt", "hf", "guide"]), help="A try with one of them, which is not kept.")
-def quality(device: str, cap: float, share: float, adaptation: str, only: str | None) -> None:
+@click.option("--lr", default=3e-4, show_default=True, help="Of `behrt`, as the next two.")
+@click.option("--table-rate", default=30.0, show_default=True)
+@click.option("--epochs", default=40, show_default=True)
+@click.option("--contender", "names", multiple=True, type=click.Choice(CONTENDERS), default=CONTENDERS)
+@click.option("--keep/--no-keep", default=True, help="Whether the result replaces that of before.")
+def quality(
+    device: str,
+    cap: float,
+    share: float,
+    adaptation: str,
+    lr: float,
+    table_rate: float,
+    epochs: int,
+    names: tuple[str, ...],
+    keep: bool,
+) -> None:
     """Seconds until most of the gap between unigram and floor is closed, on 5,000 simulated patients."""
     import torch
     from quality import time_to_quality
 
     os.chdir(ROOT)
     # nobody stops early: the share and the seconds say when it is over
-    settings = settings_for({}, size="small", adaptation=adaptation, device=device, early_stopping_patience=0)
-    found = time_to_quality(settings, records_for(settings), torch.device(device), share=share, cap=cap, only=only)
-    if only is not None:
+    flags = {"lr": lr, "table_rate": table_rate, "epochs": epochs, "early_stopping_patience": 0}
+    settings = settings_for(flags, size="small", adaptation=adaptation, device=device)
+    found = time_to_quality(settings, records_for(settings), torch.device(device), share=share, cap=cap, names=names)
+    if not keep:
         click.echo(json.dumps(found["runs"]))
         return
     save_results(quality={"adaptation": adaptation, **found})

@@ -7,7 +7,7 @@ clock. A contender leaves when it has closed the share that is asked for, or has
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -43,7 +43,6 @@ class Recipe:
 RECIPES = (
     # BERT's pre-training: 1e-4, warmed up, decaying linearly (Devlin et al., 2019, A.2); 5e-5 is for fine-tuning
     Recipe("hf", 1e-4, "linear", customary=True),
-    Recipe("hf", 3e-4, "linear", customary=False),
     Recipe("hf", 1e-3, "linear", customary=False),
     Recipe("guide", 1e-4, "constant", customary=True),  # the guide's starting point
     Recipe("guide", 1e-3, "linear", customary=False),
@@ -90,7 +89,13 @@ def own_course(settings: ExperimentSettings, records: Records, device: torch.dev
         return seconds, own.val_loss
 
     training = settings.training
-    about = {"lr": training.lr, "schedule": training.schedule, "precision": own.precision, "customary": True}
+    about = {
+        "lr": training.lr,
+        "table_rate": training.table_rate,
+        "schedule": training.schedule,
+        "precision": own.precision,
+        "customary": False,
+    }
     return Course("behrt", about, train)
 
 
@@ -127,26 +132,26 @@ def time_to_quality(
     *,
     share: float,
     cap: float,
-    only: str | None = None,
+    names: Collection[str],
 ) -> dict[str, Any]:
     """Trains `behrt` and the peers, an epoch each in turn.
 
     Args:
         share: of the gap that is to be closed.
         cap: seconds of training after which a contender is given up.
-        only: the one contender that is to be trained; None is all.
+        names: of the contenders that are trained: `behrt`, `hf`, `guide`.
     """
     baselines = records.baselines(len(records.data.vocabulary))
     unigram_loss, floor_loss = baselines.unigram_loss, baselines.floor_loss
     assert floor_loss is not None, "only a simulated cohort has a known floor"
     precisions = {"guide": "fp32"}
-    if only in (None, "hf"):
+    if "hf" in names:
         precisions["hf"] = faster_precision(settings, records, device)
-    courses = [own_course(settings, records, device)] if only in (None, "behrt") else []
+    courses = [own_course(settings, records, device)] if "behrt" in names else []
     courses += [
         peer_course(recipe, settings, records, device, precision=precisions[recipe.kind])
         for recipe in RECIPES
-        if only in (None, recipe.kind)
+        if recipe.kind in names
     ]
     follow(courses, unigram_loss, floor_loss, share=share, cap=cap, epochs=settings.training.epochs)
     return {
