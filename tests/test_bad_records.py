@@ -162,7 +162,7 @@ def test_nobody_left_to_train_on(tmp_path):
         ({"format": "mimic4", "column": ["a=code"]}, r"--column is for --format meds"),
         ({"numeric_bins": 1}, r"numeric_bins"),
         ({"visit_gap_hours": 0}, r"visit_gap_hours"),
-        ({"format": "omop"}, r"format"),
+        ({"format": "fhir"}, r"format"),
         ({"min_patient": 3}, r"unknown key; did you mean 'min_patients'"),
     ],
 )
