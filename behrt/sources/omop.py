@@ -127,7 +127,13 @@ def open_omop(
     if "visit_occurrence" in tables:
         file = scratch / "visit_occurrence.parquet"
         visits = convert(tables["visit_occurrence"], _raw_visits, file, STARTS)
-    person = convert(tables["person"], _persons, scratch / "person.parquet", ("birth_datetime", "year_of_birth"))
+    person = convert(
+        tables["person"],
+        _persons,
+        scratch / "person.parquet",
+        ("year_of_birth", "birth_datetime"),
+        "a year, or a time as YYYY-MM-DD HH:MM:SS",
+    )
     before = [without_unparsed(person.drop(UNREAD), "person", counts)]
     after = []
     if "death" in tables:
@@ -194,7 +200,11 @@ def _persons(person: Table) -> list[pl.LazyFrame]:
         code=pl.lit("MEDS_BIRTH"),
         unread=birth.is_null() & (person.text("year_of_birth").is_not_null() | person.unread("birth_datetime")),
     )
-    static = genders.filter(pl.col("gender").is_not_null()).drop("gender").with_columns(pl.lit(False).alias(UNREAD))
+    static = (
+        genders.filter(pl.col("gender").is_not_null())
+        .drop("gender")
+        .with_columns(pl.lit(None, dtype=pl.Boolean).alias(UNREAD))
+    )
     return [as_events(static, UNREAD), as_events(births, UNREAD)]
 
 

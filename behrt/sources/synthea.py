@@ -150,7 +150,9 @@ def _with_subject(table: Table, subjects: pl.LazyFrame, **columns: pl.Expr) -> p
 
 def _patients(table: Table, subjects: pl.LazyFrame) -> list[pl.LazyFrame]:
     """Genders, births and deaths."""
-    gender = _with_subject(table, subjects, code=gender_code(table.text("gender")), unread=pl.lit(False))
+    gender = _with_subject(
+        table, subjects, code=gender_code(table.text("gender")), unread=pl.lit(None, dtype=pl.Boolean)
+    )
     birth = _with_subject(
         table, subjects, time=table.time("birthdate"), code=pl.lit("MEDS_BIRTH"), unread=table.unread("birthdate")
     )

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 SUFFIXES = (".parquet", ".csv.gz", ".csv")
 
 UNREAD = "unread"
-"""Column of converted events, beside `EVENT_SCHEMA`: whether the time has a text that is no time."""
+"""Column of converted rows: whether the place of the time holds something that is no time; null where it has none."""
 
 
 # --- files ---
@@ -275,13 +275,17 @@ def without_unparsed(events: pl.LazyFrame, name: str, counts: Counter[str]) -> p
 
 
 def convert(
-    tables: Sequence[Table], build: Callable[[Table], Sequence[pl.LazyFrame]], file: Path, times: Sequence[str]
+    tables: Sequence[Table],
+    build: Callable[[Table], Sequence[pl.LazyFrame]],
+    file: Path,
+    times: Sequence[str],
+    expected: str = "YYYY-MM-DD or YYYY-MM-DD HH:MM:SS",
 ) -> pl.LazyFrame:
     """Writes what `build` makes of each file of a table into one parquet file, streaming.
 
     Args:
         build: frames of the same columns, among them `UNREAD`.
-        times: columns that the error names if most of them are no times.
+        times: columns that the error names if most of them are no times; and what is `expected` in them.
 
     Raises:
         UserError: a file cannot be read to its end, or most of its times cannot be read.
@@ -292,12 +296,13 @@ def convert(
         with readable(table.path, table.kind):
             pl.concat(build(table)).sink_parquet(piece)
         pieces.append(pl.scan_parquet(piece, glob=False))
-        rows, unread = pieces[-1].select(pl.len(), pl.col(UNREAD).sum().alias("unread")).collect().row(0)
+        timed = pl.col(UNREAD).count().alias("timed")
+        rows, unread = pieces[-1].select(timed, pl.col(UNREAD).sum()).collect(engine="streaming").row(0)
         if 2 * unread > rows:
-            column = next(column for column in times if column in table.schema)
+            columns = " or ".join(repr(column) for column in times if column in table.schema)
             raise UserError(
-                f"{table.path}: {unread} of {rows} rows have no readable time in {column!r}, expected "
-                "YYYY-MM-DD or YYYY-MM-DD HH:MM:SS; convert it"
+                f"{table.path}: {unread} of {rows} rows have no readable time in {columns}, expected {expected}; "
+                "convert it"
             )
     return pl.concat(pieces)
 
