@@ -144,6 +144,15 @@ def test_a_stay_of_an_unknown_kind_is_told_by_its_discharge_and_ends_with_its_la
     ]
 
 
+def test_a_discharge_at_midnight_is_one_where_times_of_day_are_known(tmp_path):
+    at_midnight = TABLES["visit_occurrence"].replace("2020-01-05 15:30:00", "2020-01-05 00:00:00")
+    frame, _ = read(write_tables(tmp_path / "omop", visit_occurrence=at_midnight))
+    assert (datetime(2020, 1, 5), "DISCHARGE//Home", str(NEGATIVE)) in rows(frame, LARGE)
+    no_times = at_midnight.replace("2020-01-02 10:00:00", "2020-01-02 00:00:00")
+    frame, _ = read(write_tables(tmp_path / "dates", visit_occurrence=no_times))
+    assert (datetime(2020, 1, 5, 23, 59, 59, 999999), "DISCHARGE//Home", str(NEGATIVE)) in rows(frame, LARGE)
+
+
 def test_identifiers_of_visits_are_no_codes(tmp_path):
     frame, _ = read(write_tables(tmp_path / "omop"))
     assert not frame["code"].str.contains("SECRET").any()

@@ -414,6 +414,12 @@ def gender_code(text: pl.Expr) -> pl.Expr:
     return pl.concat_str(pl.lit("GENDER//"), text.str.to_lowercase().replace_strict(_GENDERS, default=text))
 
 
-def end_of_day(time: pl.Expr) -> pl.Expr:
-    """A midnight is a date without a time of day: its last moment, so that an end follows what happened that day."""
-    return pl.when(time.dt.time() == pl.time(0)).then(time + pl.duration(days=1, microseconds=-1)).otherwise(time)
+def end_of_visit(end: pl.Expr, begin: pl.Expr, *, is_date: pl.Expr) -> pl.Expr:
+    """The end of a visit; a date without a time of day is its last moment, so that an end follows what it ends.
+
+    A midnight is such a date if it `is_date`, or if the visit begins at midnight, too.
+    """
+    midnight = end.dt.time() == pl.time(0)
+    no_time_of_day = midnight & (is_date | (begin.dt.time() == pl.time(0)))
+    last_moment = end + pl.duration(days=1, microseconds=-1)
+    return pl.when(no_time_of_day.fill_null(False)).then(last_moment).otherwise(end)
