@@ -74,7 +74,7 @@ def cli(debug: bool) -> None:
 
     \b
     A first run:     behrt train --epochs 5
-    Your records:    behrt prepare SOURCE --format meds --out data/mine
+    Your records:    behrt prepare SOURCE --format meds --out data/mine   (or mimic4, omop, synthea)
                      behrt train --data data/mine
     What went wrong: behrt doctor experiments/NAME
     All runs:        behrt ui

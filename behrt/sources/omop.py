@@ -27,7 +27,7 @@ import polars as pl
 from behrt.config import UserError
 from behrt.events import MAX_SHARD_EVENTS, EventSource, readable
 from behrt.sources.tables import (
-    UNREAD,
+    DATED,
     Converted,
     Table,
     as_events,
@@ -126,20 +126,20 @@ def open_omop(
     visits = None
     if "visit_occurrence" in tables:
         file = scratch / "visit_occurrence.parquet"
-        visits = convert(tables["visit_occurrence"], _raw_visits, file, STARTS)
+        visits = convert(tables["visit_occurrence"], _raw_visits, file, STARTS, moment="begins")
     person = convert(
         tables["person"],
         _persons,
         scratch / "person.parquet",
         ("year_of_birth", "birth_datetime"),
-        "a year, or a time as YYYY-MM-DD HH:MM:SS",
+        expected="a year, or a time as YYYY-MM-DD HH:MM:SS",
     )
-    before = [without_unparsed(person.drop(UNREAD), "person", counts)]
+    before = [without_unparsed(person.drop(DATED), "person", counts)]
     after = []
     if "death" in tables:
         death = convert(tables["death"], _deaths, scratch / "death.parquet",
                         ("death_datetime", "death_date"))  # fmt: skip
-        after.append(without_unparsed(death.drop(UNREAD), "death", counts))
+        after.append(without_unparsed(death.drop(DATED), "death", counts))
 
     used = [frame.select("concept") for frame in raw.values()]
     if visits is not None:
@@ -198,14 +198,10 @@ def _persons(person: Table) -> list[pl.LazyFrame]:
         subject_id=person.integer("person_id"),
         time=birth,
         code=pl.lit("MEDS_BIRTH"),
-        unread=birth.is_null() & (person.text("year_of_birth").is_not_null() | person.unread("birth_datetime")),
+        dated=person.dated("year_of_birth", "birth_datetime"),
     )
-    static = (
-        genders.filter(pl.col("gender").is_not_null())
-        .drop("gender")
-        .with_columns(pl.lit(None, dtype=pl.Boolean).alias(UNREAD))
-    )
-    return [as_events(static, UNREAD), as_events(births, UNREAD)]
+    static = genders.filter(pl.col("gender").is_not_null()).drop("gender").with_columns(pl.lit(False).alias(DATED))
+    return [as_events(static, DATED), as_events(births, DATED)]
 
 
 def _deaths(death: Table) -> list[pl.LazyFrame]:
@@ -214,9 +210,9 @@ def _deaths(death: Table) -> list[pl.LazyFrame]:
         subject_id=death.integer("person_id"),
         time=death.time(*times),
         code=pl.lit("MEDS_DEATH"),
-        unread=death.unread(*times),
+        dated=death.dated(*times),
     )
-    return [as_events(events, UNREAD)]
+    return [as_events(events, DATED)]
 
 
 def _raw_events(table: Table, kind: Kind) -> list[pl.LazyFrame]:
@@ -228,7 +224,7 @@ def _raw_events(table: Table, kind: Kind) -> list[pl.LazyFrame]:
         source=table.text(f"{kind.stem}_source_value"),
         numeric_value=table.number("value_as_number"),
         visit_id=table.integer(VISIT_ID).cast(pl.String),
-        unread=table.unread(*kind.times),
+        dated=table.dated(*kind.times),
     )
     return [rows]
 
@@ -238,22 +234,21 @@ def _raw_visits(table: Table) -> list[pl.LazyFrame]:
         subject_id=table.integer("person_id"),
         visit_id=table.integer(VISIT_ID).cast(pl.String),
         begins=table.time(*STARTS),
-        ends=end_of_visit(table.time(*ENDS), table.time(*STARTS), is_date=table.time(ENDS[0]).is_null()),
-        has_end=pl.any_horizontal(table.text(column).is_not_null() for column in ENDS),
+        ends=end_of_visit(table.time(*ENDS), table.time(*STARTS), is_date=table.text(ENDS[0]).is_null()),
+        has_end=table.dated(*ENDS),
         concept=table.integer("visit_concept_id"),
         to_concept=table.integer(*TO_CONCEPT),
         to_source=table.text(*TO_SOURCE),
-        unread=table.unread(*STARTS),
+        dated=table.dated(*STARTS),
     )
     return [rows]
 
 
 def _known_visits(visits: pl.LazyFrame | None) -> pl.LazyFrame:
-    """Each visit once, with its beginning."""
+    """The visits of each person, with their beginnings."""
     if visits is None:
         return pl.LazyFrame(schema={"subject_id": pl.Int64, "visit_id": pl.String, "begins": pl.Datetime("us")})
-    named = visits.select("subject_id", "visit_id", "begins").drop_nulls(["subject_id", "visit_id"])
-    return named.unique(["subject_id", "visit_id"], keep="first", maintain_order=True)
+    return visits.select("subject_id", "visit_id", "begins").drop_nulls(["subject_id", "visit_id"])
 
 
 def _concept_names(tables: list[Table], used: list[pl.LazyFrame]) -> pl.LazyFrame:

@@ -27,7 +27,7 @@ import polars as pl
 from behrt.config import UserError
 from behrt.events import MAX_SHARD_EVENTS, EventSource, readable
 from behrt.sources.tables import (
-    UNREAD,
+    DATED,
     Converted,
     Table,
     as_events,
@@ -76,14 +76,15 @@ def open_synthea(source: Path, scratch: Path, *, max_shard_events: int = MAX_SHA
 
     patients = convert(tables["patients"], partial(_patients, subjects=subjects), scratch / "patients.parquet",
                        ("birthdate",))  # fmt: skip
-    before = [without_unparsed(patients.drop(UNREAD), "patients", counts)]
+    before = [without_unparsed(patients.drop(DATED), "patients", counts)]
     after = []
     visits = pl.LazyFrame(schema={"subject_id": pl.Int64, "visit_id": pl.String, "begins": pl.Datetime("us")})
     if "encounters" in tables:
         file = scratch / "encounters.parquet"
-        encounters = convert(tables["encounters"], partial(_encounters, subjects=subjects), file, TIMES)
-        named = encounters.select("subject_id", "visit_id", "begins").drop_nulls(["subject_id", "visit_id"])
-        visits = named.unique(["subject_id", "visit_id"], keep="first", maintain_order=True)
+        encounters = convert(
+            tables["encounters"], partial(_encounters, subjects=subjects), file, TIMES, moment="begins"
+        )
+        visits = encounters.select("subject_id", "visit_id", "begins").drop_nulls(["subject_id", "visit_id"])
         before.append(without_unparsed(_starts(encounters), "encounters", counts))
         after.append(without_unparsed(_ends(encounters), "encounter_ends", counts))
     placed = []
@@ -96,7 +97,7 @@ def open_synthea(source: Path, scratch: Path, *, max_shard_events: int = MAX_SHA
             scratch / f"{name}.parquet",
             TIMES,
         )
-        placed.append(without_unparsed(frame.drop(UNREAD), name, counts))
+        placed.append(without_unparsed(frame.drop(DATED), name, counts))
     return sharded(
         source,
         [path for name in names if name in files for path in files[name]],
@@ -150,22 +151,20 @@ def _with_subject(table: Table, subjects: pl.LazyFrame, **columns: pl.Expr) -> p
 
 def _patients(table: Table, subjects: pl.LazyFrame) -> list[pl.LazyFrame]:
     """Genders, births and deaths."""
-    gender = _with_subject(
-        table, subjects, code=gender_code(table.text("gender")), unread=pl.lit(None, dtype=pl.Boolean)
-    )
+    gender = _with_subject(table, subjects, code=gender_code(table.text("gender")), dated=pl.lit(False))
     birth = _with_subject(
-        table, subjects, time=table.time("birthdate"), code=pl.lit("MEDS_BIRTH"), unread=table.unread("birthdate")
+        table, subjects, time=table.time("birthdate"), code=pl.lit("MEDS_BIRTH"), dated=table.dated("birthdate")
     )
     death = _with_subject(
         table,
         subjects,
         time=table.time("deathdate"),
         code=pl.lit("MEDS_DEATH"),
-        unread=table.unread("deathdate"),
+        dated=table.dated("deathdate"),
         dead=table.text("deathdate").is_not_null(),
     )
     events = [gender.filter(pl.col("code").is_not_null()), birth, death.filter("dead")]
-    return [as_events(frame, UNREAD) for frame in events]
+    return [as_events(frame, DATED) for frame in events]
 
 
 def _encounters(table: Table, subjects: pl.LazyFrame) -> list[pl.LazyFrame]:
@@ -175,9 +174,9 @@ def _encounters(table: Table, subjects: pl.LazyFrame) -> list[pl.LazyFrame]:
         visit_id=table.text("id"),
         begins=table.time(*TIMES),
         ends=end_of_visit(table.time(*ENDS), table.time(*TIMES), is_date=table.text(*ENDS).str.len_chars() <= 10),
-        has_end=table.text(*ENDS).is_not_null(),
+        has_end=table.dated(*ENDS),
         kind=table.text("encounterclass").str.to_uppercase(),
-        unread=table.unread(*TIMES),
+        dated=table.dated(*TIMES),
     )
     return [rows]
 
@@ -201,6 +200,6 @@ def _events(table: Table, prefix: str, subjects: pl.LazyFrame) -> list[pl.LazyFr
         code=pl.concat_str(pl.lit(f"{prefix}//"), table.text("code")),
         numeric_value=table.number("value"),
         visit_id=table.text("encounter"),
-        unread=table.unread(*TIMES),
+        dated=table.dated(*TIMES),
     )
-    return [as_events(events, UNREAD)]
+    return [as_events(events, DATED)]

@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = (".parquet", ".csv.gz", ".csv")
 
-UNREAD = "unread"
-"""Column of converted rows: whether the place of the time holds something that is no time; null where it has none."""
+DATED = "dated"
+"""Column of converted rows: whether the columns of their time hold anything, be it a time or not."""
 
 
 # --- files ---
@@ -183,34 +183,41 @@ class Table:
         column = next((column for column in columns if column in self.schema), None)
         if column is not None and self.schema[column].is_numeric():
             return pl.col(column).cast(pl.Int64, strict=False)
-        return self.text(*columns).str.replace(r"\.0*$", "").cast(pl.Int64, strict=False)
+        return self.text(*columns).str.strip_suffix(".0").cast(pl.Int64, strict=False)
 
     def number(self, *columns: str) -> pl.Expr:
         """Likewise as numbers."""
         return self.text(*columns).cast(pl.Float32, strict=False)
 
     def time(self, *columns: str) -> pl.Expr:
-        """The first of these columns that holds a time or a date (its midnight) in a row; null where none does."""
-        there = [self._as_time(column) for column in columns if column in self.schema]
-        return pl.coalesce(there) if there else pl.lit(None, dtype=pl.Datetime("us"))
+        """The first of these columns that holds something in a row, as a time (of a date, its midnight), else null."""
+        there = [column for column in columns if column in self.schema]
+        if all(self.schema[column] == pl.String for column in there):
+            return _parsed(pl.coalesce([self.text(column) for column in there or columns]))
+        return pl.coalesce([self._as_time(column) for column in there])
 
-    def unread(self, *columns: str) -> pl.Expr:
-        """Whether one of these columns holds something in a row, but none a time."""
-        there = [self.text(column).is_not_null() for column in columns if column in self.schema]
-        return (pl.any_horizontal(there) if there else pl.lit(False)) & self.time(*columns).is_null()
+    def dated(self, *columns: str) -> pl.Expr:
+        """Whether one of these columns holds something in a row."""
+        return pl.any_horizontal([self.text(column).is_not_null() for column in columns])
 
     def _as_time(self, column: str) -> pl.Expr:
         dtype = self.schema[column]
-        if isinstance(dtype, pl.Datetime):
-            value = pl.col(column)
-            if dtype.time_zone is not None:
-                value = value.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
-            return value.cast(pl.Datetime("us"))
-        if dtype == pl.Date:
-            return pl.col(column).cast(pl.Datetime("us"))
-        text = self.text(column).str.replace(r"^(\S+)[Tt](\d)", "${1} ${2}").str.replace(r"(?:[Zz]|\+00:?00)$", "")
-        formats = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d", "%Y%m%d")
-        return pl.coalesce([text.str.to_datetime(form, time_unit="us", strict=False) for form in formats])
+        value = pl.col(column)
+        if isinstance(dtype, pl.Datetime) and dtype.time_zone is not None:
+            value = value.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
+        return value.cast(pl.Datetime("us")) if dtype.is_temporal() else _parsed(self.text(column))
+
+
+def _parsed(text: pl.Expr) -> pl.Expr:
+    """Texts as times: `2020-01-31`, also with `08:15` or `08:15:59`; fractions of a second are cut off."""
+    start = text.str.head(19).str.replace("T", " ", literal=True)
+    ends_well = text.str.slice(19).str.contains(r"^(?:\.\d*)?(?:[Zz]|\+00:?00)?$")
+
+    def read(form: str) -> pl.Expr:
+        return start.str.to_datetime(form, time_unit="us", strict=False)
+
+    exact = pl.when(ends_well).then(read("%Y-%m-%d %H:%M:%S"))
+    return pl.coalesce(exact, read("%Y-%m-%d"), read("%Y-%m-%d %H:%M"), read("%Y%m%d"))
 
 
 def open_table(name: str, path: Path, needed: Iterable[str | tuple[str, ...]], optional: Iterable[str] = ()) -> Table:
@@ -279,12 +286,14 @@ def convert(
     build: Callable[[Table], Sequence[pl.LazyFrame]],
     file: Path,
     times: Sequence[str],
+    *,
+    moment: str = "time",
     expected: str = "YYYY-MM-DD or YYYY-MM-DD HH:MM:SS",
 ) -> pl.LazyFrame:
     """Writes what `build` makes of each file of a table into one parquet file, streaming.
 
     Args:
-        build: frames of the same columns, among them `UNREAD`.
+        build: frames of the same columns, among them `DATED` and the time, which is called `moment`.
         times: columns that the error names if most of them are no times; and what is `expected` in them.
 
     Raises:
@@ -296,12 +305,12 @@ def convert(
         with readable(table.path, table.kind):
             pl.concat(build(table)).sink_parquet(piece)
         pieces.append(pl.scan_parquet(piece, glob=False))
-        timed = pl.col(UNREAD).count().alias("timed")
-        rows, unread = pieces[-1].select(timed, pl.col(UNREAD).sum()).collect(engine="streaming").row(0)
-        if 2 * unread > rows:
+        unread = pl.col(DATED) & pl.col(moment).is_null()
+        dated, lost = pieces[-1].select(pl.col(DATED).sum(), lost=unread.sum()).collect(engine="streaming").row(0)
+        if 2 * lost > dated:
             columns = " or ".join(repr(column) for column in times if column in table.schema)
             raise UserError(
-                f"{table.path}: {unread} of {rows} rows have no readable time in {columns}, expected {expected}; "
+                f"{table.path}: {lost} of {dated} rows have no readable time in {columns}, expected {expected}; "
                 "convert it"
             )
     return pl.concat(pieces)
@@ -348,7 +357,7 @@ class Converted:
         before: frames of `EVENT_SCHEMA` that go ahead of all others of the same moment.
         placed: frames whose events are placed in visits.
         after: frames that go behind.
-        visits: `subject_id`, `visit_id`, `begins`, each visit once.
+        visits: `subject_id`, `visit_id`, `begins`.
     """
 
     before: Sequence[pl.LazyFrame]
@@ -359,7 +368,7 @@ class Converted:
     def of(self, low: int, high: int) -> tuple[pl.LazyFrame, pl.LazyFrame]:
         """The events of a range of subjects; and how those that had to be placed were."""
         inside = pl.col("subject_id").is_between(low, high)
-        visits = self.visits.filter(inside)
+        visits = self.visits.filter(inside).unique(["subject_id", "visit_id"], keep="first", maintain_order=True)
         placed = [place_in_visits(frame.filter(inside), visits) for frame in self.placed]
         names = list(EVENT_SCHEMA)
         events = [frame.filter(inside) for frame in self.before]
