@@ -153,6 +153,18 @@ def test_a_discharge_at_midnight_is_one_where_times_of_day_are_known(tmp_path):
     assert (datetime(2020, 1, 5, 23, 59, 59, 999999), "DISCHARGE//Home", str(NEGATIVE)) in rows(frame, LARGE)
 
 
+def test_a_visit_of_another_person_is_none_even_in_the_same_shard(tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (shard,) = open_omop(write_tables(tmp_path / "omop"), tmp_path / "scratch").shards
+    assert (datetime(2020, 6, 2, 1), "2020-06-02") in shard.collect().select("time", "visit_id").rows()
+
+
+def test_a_visit_that_stands_there_twice_doubles_none_of_its_events(tmp_path):
+    header, *visits = TABLES["visit_occurrence"].splitlines(keepends=True)
+    frame, _ = read(write_tables(tmp_path / "omop", visit_occurrence="".join([header, *visits, *visits])))
+    assert [code for _, code, _ in rows(frame, LARGE)].count("PROCEDURE//4107731") == 1
+
+
 def test_identifiers_of_visits_are_no_codes(tmp_path):
     frame, _ = read(write_tables(tmp_path / "omop"))
     assert not frame["code"].str.contains("SECRET").any()
