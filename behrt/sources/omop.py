@@ -26,18 +26,16 @@ import polars as pl
 
 from behrt.config import UserError
 from behrt.events import MAX_SHARD_EVENTS, EventSource, readable
+from behrt.sources.placement import Converted, end_of_visit, sharded
 from behrt.sources.tables import (
     DATED,
-    Converted,
     Table,
     as_events,
     convert,
-    end_of_visit,
     find_tables,
     gender_code,
     name_missing,
     open_table,
-    sharded,
     without_unparsed,
 )
 
