@@ -74,7 +74,7 @@ def cli(debug: bool) -> None:
 
     \b
     A first run:     behrt train --epochs 5
-    Your records:    behrt prepare SOURCE --format meds --out data/mine
+    Your records:    behrt prepare SOURCE --format meds --out data/mine   (or mimic4, omop, synthea)
                      behrt train --data data/mine
     What went wrong: behrt doctor experiments/NAME
     All runs:        behrt ui
@@ -117,7 +117,9 @@ def prepare_option(name: str, help: str, **settings: Any) -> Callable[[Command],
 @click.argument("sources", type=PATH, nargs=-1, required=True, metavar="SOURCE")
 @click.option("--out", type=PATH, required=True, help="Folder for the prepared records.")
 @prepare_option(
-    "format", "Layout of SOURCE: MEDS parquet, or the raw MIMIC-IV tables.", type=click.Choice(["meds", "mimic4"])
+    "format",
+    "Layout of SOURCE: MEDS parquet, the raw MIMIC-IV tables, OMOP CDM tables, or Synthea's CSV.",
+    type=click.Choice(["meds", "mimic4", "omop", "synthea"]),
 )
 @prepare_option("min_patients", "Codes of fewer training patients become [UNK].", type=int)
 @prepare_option("min_tokens", "Leave out patients with fewer codes.", type=int)
@@ -134,6 +136,8 @@ def prepare_option(name: str, help: str, **settings: Any) -> Callable[[Command],
 @prepare_option("icd_digits", "Shorten ICD codes to this many characters.", type=int)
 @prepare_option("numeric_bins", "Append quantile bins of values, fitted on train: LAB//50912//Q7.", type=int)
 @click.option("--labs", is_flag=True, help="mimic4: read labevents too.")
+@click.option("--measurements", is_flag=True, help="omop: read the table measurement too.")
+@click.option("--observations", is_flag=True, help="omop: read the table observation too.")
 @prepare_option(
     "missing_birth", "What becomes of subjects without a birth.", type=click.Choice(["refuse", "drop", "keep"])
 )

@@ -42,6 +42,8 @@ from behrt.sequences import (
 )
 from behrt.sources.meds import open_meds
 from behrt.sources.mimic import open_mimic
+from behrt.sources.omop import open_omop
+from behrt.sources.synthea import open_synthea
 from behrt.spill import Progress, Spilled, clean_and_spill, count_patients, read_spilled
 from behrt.vocabulary import UNK, Vocabulary
 
@@ -216,17 +218,25 @@ def _read(
 ) -> tuple[EventSource, list[SourceFile], Spilled]:
     """First pass: what the source is, its files, and the cleaned events."""
     report("indexing", 0, 1)
-    if options.format == "mimic4":
-        tables = scratch / "tables"
-        tables.mkdir()
-        events = open_mimic(source, tables, labs=options.labs)
-    else:
-        events = open_meds(source, options.column, part=None if place is None else (place.number, place.parts))
+    events = _open(source, scratch, options, place)
     report("indexing", 1, 1)
     root = source if source.is_dir() else source.parent
     with reading(events.files, events.read, root) as digested:
         spilled = clean_and_spill(events, scratch, options, report, workers=workers)
         return events, digested.result(), spilled
+
+
+def _open(source: Path, scratch: Path, options: PrepareOptions, place: PartNumber | None) -> EventSource:
+    """The reader of the format; those of tables convert them in a folder of their own in `scratch`."""
+    if options.format == "meds":
+        return open_meds(source, options.column, part=None if place is None else (place.number, place.parts))
+    tables = scratch / "tables"
+    tables.mkdir()
+    if options.format == "omop":
+        return open_omop(source, tables, measurements=options.measurements, observations=options.observations)
+    if options.format == "synthea":
+        return open_synthea(source, tables)
+    return open_mimic(source, tables, labs=options.labs)
 
 
 def _metadata(source: Path) -> Path:

@@ -14,7 +14,7 @@ from behrt.config import MAX_SEED, Settings
 MOST = 2**31 - 1
 """Of whatever is counted per patient or code."""
 
-RecordFormat = Literal["meds", "mimic4"]
+RecordFormat = Literal["meds", "mimic4", "omop", "synthea"]
 
 
 class PrepareOptions(Settings):
@@ -46,6 +46,8 @@ class PrepareOptions(Settings):
     icd_digits: int | None = Field(default=None, ge=1, le=7)
     numeric_bins: int | None = Field(default=None, ge=2, le=100)
     labs: bool = Field(default=False, description="mimic4: read labevents too")
+    measurements: bool = Field(default=False, description="omop: read measurement too")
+    observations: bool = Field(default=False, description="omop: read observation too")
     missing_birth: Literal["refuse", "drop", "keep"] = "refuse"
     static_codes: Literal["drop", "keep"] = "drop"
 
@@ -102,8 +104,11 @@ class PrepareOptions(Settings):
             raise ValueError("--birth-code and --death-code are the same code")
         if self.format != "mimic4" and self.labs:
             raise ValueError("--labs is for --format mimic4; other sources bring all their events")
+        if self.format != "omop" and (self.measurements or self.observations):
+            flag = "measurements" if self.measurements else "observations"
+            raise ValueError(f"--{flag} is for --format omop; other sources bring all their events")
         if self.format != "meds" and self.column:
-            raise ValueError("--column is for --format meds; the columns of mimic4 are fixed")
+            raise ValueError(f"--column is for --format meds; the columns of {self.format} are fixed")
         return self
 
     @property

@@ -160,9 +160,11 @@ def test_nobody_left_to_train_on(tmp_path):
         ({"admission_code": "IN"}, r"--admission-code and --discharge-code only work together"),
         ({"labs": True}, r"--labs is for --format mimic4"),
         ({"format": "mimic4", "column": ["a=code"]}, r"--column is for --format meds"),
+        ({"format": "synthea", "measurements": True}, r"--measurements is for --format omop"),
+        ({"observations": True}, r"--observations is for --format omop"),
         ({"numeric_bins": 1}, r"numeric_bins"),
         ({"visit_gap_hours": 0}, r"visit_gap_hours"),
-        ({"format": "omop"}, r"format"),
+        ({"format": "fhir"}, r"format"),
         ({"min_patient": 3}, r"unknown key; did you mean 'min_patients'"),
     ],
 )

@@ -161,7 +161,7 @@ def test_params_prints_a_table_for_people_on_stderr(capsys: pytest.CaptureFixtur
         ("train --data nowhere --structure none", "--structure: is for simulated cohorts"),
         ("train --num-patients 5", "--num-patients: input should be greater than or equal to 40"),
         ("prepare nowhere --out there", "nowhere: no such file or folder"),
-        ("prepare . --out there --format fhir", "'fhir' is not one of 'meds', 'mimic4'"),
+        ("prepare . --out there --format fhir", "'fhir' is not one of 'meds', 'mimic4', 'omop', 'synthea'"),
         ("prepare . --out there --split 80/10/20", "--split"),
         ("simulate --out there --patients 3", "is not in the range x>=20"),
         ("simulate", "Missing option '--out'"),

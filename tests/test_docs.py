@@ -91,7 +91,10 @@ def test_the_readme_names_both_make_targets() -> None:
 
 @pytest.mark.parametrize(
     "document",
-    ["README.md", *(f"docs/{name}.md" for name in ("architecture", "learning", "doctor", "rules", "sweeps"))],
+    [
+        "README.md",
+        *(f"docs/{name}.md" for name in ("architecture", "learning", "doctor", "records", "rules", "sweeps")),
+    ],
 )
 def test_links_and_pictures_are_there(document: str) -> None:
     path = ROOT / document

@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "behrt"
 LAYERS = (
     ("config", "files", "imports", "devices", "prepare_options", "events", "fingerprint", "parallel"),
     (
-        "coding", "visits", "cleaning", "sources.meds", "sources.mimic", "vocabulary",
-        "population", "cohort", "floor", "metrics",
+        "coding", "visits", "cleaning", "sources.tables", "sources.placement", "sources.meds", "sources.mimic",
+        "sources.omop", "sources.synthea", "vocabulary", "population", "cohort", "floor", "metrics",
     ),
     ("sequences", "spill", "parts", "prepare", "masking", "batches"),
     ("cheap_layers", "attention", "model", "lora", "parameters"),

@@ -281,6 +281,9 @@ def test_one_batch_per_shard_is_found_again_by_patient_number(tmp_path):
         ("mimic-iv-demo-2.2", {"format": "mimic4", "labs": True, "numeric_bins": 10, "icd_digits": 3}, 100),
         ("mimic-iv-demo-meds", {"column": ["value=numeric_value"], "admission_code": "HOSPITAL_ADMISSION",
                                 "discharge_code": "HOSPITAL_DISCHARGE"}, 100),
+        ("mimic-iv-demo-omop-0.9", {"format": "omop"}, 100),
+        ("gibleed-omop", {"format": "omop", "measurements": True, "observations": True, "numeric_bins": 5}, 2694),
+        ("synthea-csv-modern-111", {"format": "synthea", "static_codes": "keep"}, 111),
     ],
 )  # fmt: skip
 def test_real_records_are_prepared(tmp_path, test_data, folder, options, patients):

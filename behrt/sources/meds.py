@@ -32,6 +32,7 @@ from behrt.events import (
     subject_ranges,
 )
 from behrt.fingerprint import name_in_source
+from behrt.sources.tables import other_format
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,9 @@ def find_parquet(source: Path) -> list[Path]:
         raise UserError(f"{source}: no such file or folder; expected MEDS parquet")
     if source.is_file():
         if source.suffix != ".parquet":
-            raise UserError(f"{source}: not a .parquet file; for MIMIC-IV tables name their folder and --format mimic4")
+            raise UserError(
+                f"{source}: not a .parquet file; for tables name their folder and --format mimic4, omop or synthea"
+            )
         return [source]
     if not source.is_dir():
         raise UserError(f"{source}: is a pipe or a device, expected a file or a folder; save its content first")
@@ -126,10 +129,9 @@ def find_parquet(source: Path) -> list[Path]:
     files = sorted(file for folder in folders for file in folder.glob(pattern) if file.is_file())
     if not files:
         where = " or ".join(str(folder) for folder in folders)
-        mimic = any((source / place).is_file() for name in ("patients.csv", "patients.csv.gz")
-                    for place in (name, f"hosp/{name}"))  # fmt: skip
-        hint = "; it holds MIMIC-IV tables, use --format mimic4" if mimic else ""
-        raise UserError(f"{where}: no parquet file inside, expected MEDS events (*.parquet){hint}")
+        raise UserError(
+            f"{where}: no parquet file inside, expected MEDS events (*.parquet){other_format(source, 'meds')}"
+        )
     return files
 
 

@@ -25,16 +25,8 @@ from pathlib import Path
 import polars as pl
 
 from behrt.config import UserError
-from behrt.events import (
-    EVENT_SCHEMA,
-    MAX_SHARD_EVENTS,
-    EventSource,
-    Shard,
-    readable,
-    shown_columns,
-    subject_counts,
-    subject_ranges,
-)
+from behrt.events import MAX_SHARD_EVENTS, EventSource, Shard, readable, subject_counts, subject_ranges
+from behrt.sources.tables import as_events, missing_column, other_format, scan_csv, without_unparsed
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "patients": ("subject_id", "gender", "anchor_age", "anchor_year", "dod"),
@@ -78,8 +70,8 @@ def open_mimic(source: Path, scratch: Path, *, labs: bool, max_shard_events: int
             continue
         file = scratch / f"{name}.parquet"
         with readable(paths[table], "CSV"):
-            pl.concat([_as_events(build(tables[table])) for build in frames]).sink_parquet(file)
-        converted[name] = _without_unparsed(pl.scan_parquet(file), name, counts)
+            pl.concat([as_events(build(tables[table])) for build in frames]).sink_parquet(file)
+        converted[name] = without_unparsed(pl.scan_parquet(file), name, counts)
     if "prescriptions" in tables:
         with readable(paths["prescriptions"], "CSV"):
             carrier = tables["prescriptions"].filter(_is_carrier()).select(pl.len()).collect(engine="streaming").item()
@@ -113,31 +105,16 @@ def find_table(source: Path, name: str) -> Path:
         path = folder / f"{name}{suffix}"
         if path.is_file():
             return path
-    parquet = next(source.glob("**/*.parquet"), None)
-    hint = "; the folder holds parquet files, is it --format meds?" if parquet else ""
+    hint = other_format(source, "mimic4")
     raise UserError(f"{folder}: no {name}.csv.gz or {name}.csv, a table that --format mimic4 needs{hint}")
 
 
 def scan_table(path: Path, columns: tuple[str, ...]) -> pl.LazyFrame:
     """The named columns of a CSV table as strings; empty fields are null."""
-    with path.open("rb") as stream:
-        magic = stream.read(2)
-    if magic and path.suffix == ".gz" and magic != b"\x1f\x8b":
-        raise UserError(f"{path}: not gzip data; if it is plain text, name it {path.stem}")
-    if path.suffix != ".gz" and magic == b"\x1f\x8b":
-        raise UserError(f"{path}: gzip data; name it {path.name}.gz")
-    with readable(path, "CSV"):
-        frame = pl.scan_csv(path, infer_schema=False, glob=False)
-        found = frame.collect_schema().names()
+    frame, found = scan_csv(path)
     missing = [column for column in columns if column not in found]
     if missing:
-        hint = f"it has {shown_columns(found)}"
-        if len(missing) == len(columns):
-            separators = {";": "semicolons", "\t": "tabs", "|": "bars"}
-            other = next((name for mark, name in separators.items() if mark in found[0]), None)
-            # without a header, the first line is a patient's
-            hint = f"its columns are separated by {other}, expected commas" if other else "expected a header in line 1"
-        raise UserError(f"{path}: no column {missing[0]!r}; {hint}")
+        raise missing_column(path, missing[0], found, all_missing=len(missing) == len(columns))
     for column in columns:
         if f"{column}_duplicated_0" in found:  # so polars names the second one
             raise UserError(f"{path}: two columns {column!r}; remove or rename one")
@@ -147,24 +124,6 @@ def scan_table(path: Path, columns: tuple[str, ...]) -> pl.LazyFrame:
 def _time(column: str) -> pl.Expr:
     """MIMIC's `YYYY-MM-DD HH:MM:SS` as a timestamp; null where it is anything else."""
     return pl.col(column).str.to_datetime("%Y-%m-%d %H:%M:%S", time_unit="us", strict=False)
-
-
-def _as_events(frame: pl.LazyFrame) -> pl.LazyFrame:
-    """Completes and casts to `EVENT_SCHEMA`; what does not parse becomes null."""
-    present = frame.collect_schema().names()
-    return frame.select(
-        (pl.col(name).cast(dtype, strict=False) if name in present else pl.lit(None, dtype=dtype).alias(name))
-        for name, dtype in EVENT_SCHEMA.items()
-    )
-
-
-def _without_unparsed(events: pl.LazyFrame, name: str, counts: Counter[str]) -> pl.LazyFrame:
-    """Leaves out, and counts, rows without a readable subject, code or time (gender alone has no time)."""
-    has_time = pl.col("time").is_not_null() | pl.col("code").str.starts_with("GENDER//")
-    whole = pl.col("subject_id").is_not_null() & pl.col("code").is_not_null() & has_time
-    dropped = events.filter(~whole.fill_null(False)).select(pl.len()).collect(engine="streaming").item()
-    counts[f"unparsed_rows_of_{name}"] = dropped
-    return events.filter(whole)
 
 
 def _gender(patients: pl.LazyFrame) -> pl.LazyFrame:
