@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import meds
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from behrt.cohort import BIRTH, SPLITS, draw_splits, events_table, sample, simulate
+from behrt.cohort import BIRTH, SPLITS, Sample, draw_splits, events_table, sample, simulate
 from behrt.config import UserError
 from behrt.outcomes import (
     CARDIOVASCULAR,
@@ -43,6 +44,13 @@ def labels(folder: Path) -> dict[str, pl.DataFrame]:
     return {name: pl.read_parquet(folder / "labels" / f"{name}.parquet") for name in OUTCOMES}
 
 
+def drawn_again() -> tuple[Sample, np.ndarray]:
+    """The patients of the folder, with their hidden states, and their splits."""
+    generator = np.random.Generator(np.random.PCG64(SEED))
+    splits = draw_splits(PATIENTS, generator)
+    return sample(population("hmm"), PATIENTS, generator), splits
+
+
 @pytest.mark.parametrize("outcome", OUTCOMES)
 def test_a_label_file_is_valid_meds(folder, outcome):
     meds.LabelSchema.validate(pq.read_table(folder / "labels" / f"{outcome}.parquet"))
@@ -67,9 +75,8 @@ def test_outcomes_are_as_frequent_as_in_clinics(labels):
 
 
 def test_events_are_those_that_were_drawn_before_there_were_outcomes(folder):
-    hidden, generator = population("hmm"), np.random.Generator(np.random.PCG64(SEED))
-    splits = draw_splits(PATIENTS, generator)
-    expected = pl.DataFrame(events_table(sample(hidden, PATIENTS, generator), hidden.codes))
+    drawn, splits = drawn_again()
+    expected = pl.DataFrame(events_table(drawn, population("hmm").codes))
     for split in SPLITS:
         subjects = np.flatnonzero(splits == split) + 1
         found = pl.read_parquet(folder / "data" / split / "0.parquet")
@@ -82,6 +89,27 @@ def test_a_cohort_of_another_seed_has_other_outcomes(folder, labels, tmp_path):
     for name, table in labels.items():
         other = pl.read_parquet(tmp_path / "c" / "labels" / f"{name}.parquet")
         assert abs((table["boolean_value"] == other["boolean_value"]).mean() - 0.65) < 0.12, name
+
+
+def test_the_outcomes_share_no_draw_with_the_events():
+    events = np.random.Generator(np.random.PCG64(SEED)).random(100_000)
+    assert not np.isin(outcome_generator(SEED).random(10_000), events).any()
+    assert np.isin(np.random.Generator(np.random.PCG64([SEED, 0])).random(10_000), events).all()  # the trap
+
+
+def test_labels_depend_on_the_stage_of_the_last_visit(labels):
+    drawn, _ = drawn_again()
+    last = np.cumsum(drawn.visits) - 1
+
+    def surprise(visits: np.ndarray) -> float:
+        """Of the labels under the risk of these visits' stages, in standard deviations of the log-likelihood."""
+        risk = outcome_model("hmm").readmission[drawn.profiles, drawn.stages[visits]]
+        happened = labels["readmission"]["boolean_value"].to_numpy()
+        log_odds = np.log(risk / (1 - risk))
+        return float(((happened - risk) * log_odds).sum() / np.sqrt((risk * (1 - risk) * log_odds**2).sum()))
+
+    assert abs(surprise(last)) < 4
+    assert abs(surprise(last - 1)) > 8
 
 
 # --- draws follow the model
@@ -133,6 +161,14 @@ def test_follow_up_ends_regardless_of_the_patient(drawn):
     assert longest - 0.01 < ended.max() <= longest
     safe = hazard[profiles, stages] < 0.03
     assert (outcomes.days[safe] / DAYS_PER_YEAR).mean() == pytest.approx((shortest + longest) / 2, abs=0.05)
+
+
+def test_a_death_is_seen_where_it_comes_before_the_end_of_follow_up():
+    model = replace(outcome_model("hmm"), follow_up=(1.0, 1.0 + 1e-9))
+    states = np.repeat(np.arange(96), 50)
+    outcomes = draw_outcomes(model, states // 4, states % 4, outcome_generator(0))
+    np.testing.assert_array_equal(outcomes.death, outcomes.days < DAYS_PER_YEAR)
+    assert outcomes.days.max() == pytest.approx(DAYS_PER_YEAR)
 
 
 def test_every_condition_has_its_weights():
