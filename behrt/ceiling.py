@@ -41,10 +41,10 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from behrt.cohort import load_cohort
+from behrt.cohort import COHORT_FILES, load_cohort
 from behrt.config import UserError, refuse_what_is_no_file
 from behrt.floor import codes_are_unchanged, emission_of_tokens, states_at_the_end
-from behrt.outcomes import OUTCOMES, OutcomeModel, load_outcome_model
+from behrt.outcomes import MODEL_FILE, OUTCOMES, OutcomeModel, load_outcome_model
 from behrt.population import Population
 from behrt.sequences import PreparedData, open_prepared
 from behrt.vocabulary import FIRST_CODE, UNK
@@ -86,8 +86,8 @@ def has_ceiling(data: PreparedData, labels: Path) -> bool:
     """Whether the ceiling is known: the labels are a simulated cohort's, and the records its, with unchanged codes."""
     return (
         labels.stem in OUTCOMES
-        and (labels.parent / "outcomes.json").is_file()
-        and (data.folder / "cohort.json").is_file()
+        and (labels.parent / MODEL_FILE).is_file()
+        and (data.folder / COHORT_FILES[0]).is_file()
         and codes_are_unchanged(data.info["options"])
     )
 
