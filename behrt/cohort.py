@@ -26,6 +26,7 @@ from safetensors.numpy import load_file, save
 
 from behrt.config import Structure, UserError, refuse_what_is_no_file, resolved
 from behrt.files import replacing_file, replacing_folder, write_json
+from behrt.outcomes import LABELS_FOLDER, draw_outcomes, label_tables, outcome_generator, outcome_model, save_labels
 from behrt.population import Population, code_book, population
 
 FORMAT_VERSION = 1
@@ -222,8 +223,9 @@ def simulate(
     """Writes a simulated cohort as a MEDS data set and returns its hidden model.
 
     Files: `data/{train,tuning,held_out}/0.parquet`, `metadata/{dataset.json,codes.parquet,subject_splits.parquet}` and
-    the hidden model, `metadata/cohort.json` and `metadata/cohort.safetensors` (float64). The same arguments give the
-    same bytes.
+    the hidden model, `metadata/cohort.json` and `metadata/cohort.safetensors` (float64); what happened after the last
+    visits, `labels/{disease,readmission,survival}.parquet` and `labels/outcomes.json` (`outcomes.py`). The same
+    arguments give the same bytes.
 
     Args:
         out: folder; made new, or replaced as a whole.
@@ -244,7 +246,8 @@ def simulate(
     hidden = population(structure)
     generator = np.random.Generator(np.random.PCG64(seed))
     splits = draw_splits(patients, generator)
-    table = events_table(sample(hidden, patients, generator), hidden.codes)
+    drawn = sample(hidden, patients, generator)
+    table = events_table(drawn, hidden.codes)
     cohort = Cohort(
         structure=structure,
         seed=seed,
@@ -262,7 +265,17 @@ def simulate(
         for name in SPLITS:
             write_table(table.filter(pa.array(split_of_row == name)), beside / "data" / name / "0.parquet")
         write_metadata(beside / "metadata", cohort, splits)
+        write_labels(beside / LABELS_FOLDER, cohort, drawn)
     return cohort
+
+
+def write_labels(folder: Path, cohort: Cohort, drawn: Sample) -> None:
+    """The outcomes of all patients after their last visits, drawn from the hidden state that only `drawn` holds."""
+    last = np.cumsum(drawn.visits) - 1  # [patients] each patient's last visit
+    model = outcome_model(cohort.structure)
+    outcomes = draw_outcomes(model, drawn.profiles, drawn.stages[last], outcome_generator(cohort.seed))
+    ends = drawn.starts[last] + (drawn.lengths[last] - 1) * MINUTE
+    save_labels(label_tables(outcomes, np.arange(1, len(last) + 1), ends), model, folder)
 
 
 def write_metadata(folder: Path, cohort: Cohort, splits: NDArray[np.str_]) -> None:

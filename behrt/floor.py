@@ -27,8 +27,9 @@ The floor holds for tokens that are the cohort's own codes or `[UNK]`, not where
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -163,6 +164,11 @@ def best_predictions(
         yield where + span.start, best / total
 
 
+def codes_are_unchanged(options: Mapping[str, Any]) -> bool:
+    """Whether preparation with these options leaves the codes of a simulated cohort as they are, `[UNK]` apart."""
+    return not any(options.get(name) for name in ("icd_digits", "numeric_bins", "include", "exclude"))
+
+
 def emission_of_tokens(
     population: Population, tokens: Sequence[str]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -217,6 +223,50 @@ def states_of_scored_tokens(
     Returns:
         [scored tokens, states], the largest entry of a row is 1 (or all are 0: impossible).
     """
+    inside = visits > 0  # not [CLS]
+    own = evidence[shown]  # [n, states]
+    laid = lay_out(population, own, visits, offsets)
+    by_visit = laid.by_visit
+    ahead = look_ahead(population, laid)
+    behind = np.zeros_like(by_visit)  # ln P(shown after this visit | state)
+    with np.errstate(divide="ignore"):
+        transition = np.log(population.transition)  # [profiles, stages, stages]
+    length = by_visit.shape[1]
+    for visit in range(length - 2, -1, -1):
+        to_come = (behind + by_visit)[:, visit + 1]
+        behind[:, visit] = log_sum_exp(transition + to_come[..., None, :], axis=-1)
+
+    chosen = laid.cell[scored[inside]]  # [m]
+    everything = (ahead + by_visit + behind).reshape(len(by_visit) * length, -1)[chosen]
+    itself = own[scored]
+    with np.errstate(invalid="ignore"):
+        # A state that cannot have emitted the token at all emits no ordinary code: it has no part in the prediction.
+        others = np.where(np.isneginf(itself), -np.inf, everything - itself)
+    highest = others.max(axis=1, keepdims=True)
+    posterior: NDArray[np.float64] = np.exp(others - np.where(np.isneginf(highest), 0, highest))
+    return posterior
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Visits:
+    """What the visits of several patients say about their states, side by side.
+
+    Attributes:
+        by_visit: [patients, visits of the longest, profiles, stages] ln P(tokens of the visit | state); 0 where a
+            patient has no such visit.
+        cell: [tokens of visits] place of each token's visit in patients times visits.
+        first: [patients] number of each patient's first visit; the largest int64 for one without any.
+    """
+
+    by_visit: NDArray[np.float64]
+    cell: NDArray[np.int64]
+    first: NDArray[np.int64]
+
+
+def lay_out(
+    population: Population, own: NDArray[np.float64], visits: NDArray[np.int32], offsets: NDArray[np.int64]
+) -> Visits:
+    """Adds up what the tokens of a visit say; `own` is [n, states] ln P(token | state)."""
     profiles, stages = population.initial.shape
     patients = len(offsets) - 1
     patient = np.repeat(np.arange(patients), np.diff(offsets))  # [n]
@@ -226,37 +276,53 @@ def states_of_scored_tokens(
     length = int((visits[inside] - first[patient[inside]]).max()) + 1  # visits of the longest patient
     cell = (patient * length + visits - first[patient])[inside]  # [tokens of visits] place in patients x visits
     assert (np.diff(cell) >= 0).all(), "the visits of a patient do not ascend"
-
-    own = evidence[shown]  # [n, states]
     begins = np.flatnonzero(np.diff(cell, prepend=-1))
     emitted = np.zeros((patients * length, profiles * stages))
     emitted[cell[begins]] = np.add.reduceat(own[inside], begins, axis=0)
-    by_visit = emitted.reshape(patients, length, profiles, stages)
+    return Visits(by_visit=emitted.reshape(patients, length, profiles, stages), cell=cell, first=first)
 
+
+def look_ahead(population: Population, laid: Visits) -> NDArray[np.float64]:
+    """The forward pass: ln P(tokens before the visit, state of the visit), shaped as `laid.by_visit`."""
+    begun = laid.first < np.iinfo(np.int64).max  # a patient without any token in a visit has nothing to predict
     with np.errstate(divide="ignore"):
         prior = np.log(population.prior)[:, None]  # [profiles, 1]
         transition = np.log(population.transition)  # [profiles, stages, stages]
-        start = np.log(stage_at_visit(population, int(first[patient[inside]].max())))  # [visits, profiles, stages]
-    ahead = np.zeros_like(by_visit)  # ln P(shown before this visit, state)
-    behind = np.zeros_like(by_visit)  # ln P(shown after this visit | state)
-    begun = first < np.iinfo(np.int64).max  # a patient without any token in a visit has nothing to predict
-    ahead[begun, 0] = prior + start[first[begun] - 1]
-    for visit in range(1, length):
-        reached = (ahead + by_visit)[:, visit - 1]  # [patients, profiles, stages]
+        start = np.log(stage_at_visit(population, int(laid.first[begun].max())))  # [visits, profiles, stages]
+    ahead = np.zeros_like(laid.by_visit)
+    ahead[begun, 0] = prior + start[laid.first[begun] - 1]
+    for visit in range(1, laid.by_visit.shape[1]):
+        reached = (ahead + laid.by_visit)[:, visit - 1]  # [patients, profiles, stages]
         ahead[:, visit] = log_sum_exp(reached[..., :, None] + transition, axis=-2)
-    for visit in range(length - 2, -1, -1):
-        to_come = (behind + by_visit)[:, visit + 1]
-        behind[:, visit] = log_sum_exp(transition + to_come[..., None, :], axis=-1)
+    return ahead
 
-    chosen = cell[scored[inside]]  # [m]
-    everything = (ahead + by_visit + behind).reshape(patients * length, -1)[chosen]
-    itself = own[scored]
-    with np.errstate(invalid="ignore"):
-        # A state that cannot have emitted the token at all emits no ordinary code: it has no part in the prediction.
-        others = np.where(np.isneginf(itself), -np.inf, everything - itself)
-    highest = others.max(axis=1, keepdims=True)
-    posterior: NDArray[np.float64] = np.exp(others - np.where(np.isneginf(highest), 0, highest))
-    return posterior
+
+def states_at_the_end(
+    population: Population,
+    evidence: NDArray[np.float64],
+    codes: NDArray[np.int32],
+    visits: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+) -> NDArray[np.float64]:
+    """P(profile, stage of the last visit | all codes of the patient), [patients, profiles, stages]; the forward filter.
+
+    Args:
+        evidence: [vocab_size, states] ln P(token | state).
+        codes, visits, offsets: as of `exact_floor`; every patient has a visit.
+
+    Returns:
+        The distributions; all zeros where the codes are impossible under the population.
+    """
+    laid = lay_out(population, evidence[codes], visits, offsets)
+    joint = look_ahead(population, laid) + laid.by_visit
+    patients, length = joint.shape[:2]
+    last = np.zeros(patients, np.int64)
+    np.maximum.at(last, laid.cell // length, laid.cell % length)
+    at_end = joint[np.arange(patients), last].reshape(patients, -1)
+    highest = at_end.max(axis=1, keepdims=True)
+    states = np.exp(at_end - np.where(np.isneginf(highest), 0, highest))
+    total = states.sum(axis=1, keepdims=True)
+    return (states / np.where(total > 0, total, 1)).reshape(patients, *population.initial.shape)
 
 
 def stage_at_visit(population: Population, visits: int) -> NDArray[np.float64]:

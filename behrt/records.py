@@ -18,7 +18,7 @@ from behrt.cohort import load_cohort, simulate
 from behrt.config import MAX_AUTO_POSITION, DataSettings, ExperimentSettings, UserError
 from behrt.cooccurrence import TRAINING_TOKENS, Draw, measure_cooccurrence, random_part
 from behrt.files import locked
-from behrt.floor import Floor, exact_floor
+from behrt.floor import Floor, codes_are_unchanged, exact_floor
 from behrt.history import Baselines
 from behrt.masking import FIXED_SEED, Stream, stream
 from behrt.metrics import chance_loss, copying_loss, unigram_loss_and_accuracy, unigram_of_counts
@@ -150,9 +150,7 @@ class Records:
 
     def _floor_is_known(self) -> bool:
         """A simulated cohort's codes must have come through preparation as they are, [UNK] apart."""
-        options = self.data.info["options"]
-        changes_codes = any(options.get(name) for name in ("icd_digits", "numeric_bins", "include", "exclude"))
-        return (self.data.folder / "cohort.json").exists() and not changes_codes
+        return (self.data.folder / "cohort.json").exists() and codes_are_unchanged(self.data.info["options"])
 
 
 def select_records(data: PreparedData, settings: ExperimentSettings) -> Records:

@@ -66,6 +66,7 @@ def test_all_files_are_valid_meds(folder):
     assert set(everything_in(folder)) == {
         *(f"data/{split}/0.parquet" for split in SPLITS),
         *(f"metadata/{name}" for name in ("codes.parquet", "dataset.json", "subject_splits.parquet", *COHORT_FILES)),
+        *(f"labels/{name}" for name in ("disease.parquet", "readmission.parquet", "survival.parquet", "outcomes.json")),
     }
     for split in SPLITS:
         meds.DataSchema.validate(pq.read_table(folder / "data" / split / "0.parquet"))

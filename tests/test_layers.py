@@ -12,9 +12,9 @@ LAYERS = (
     ("config", "files", "imports", "devices", "prepare_options", "events", "fingerprint", "parallel"),
     (
         "coding", "visits", "cleaning", "sources.tables", "sources.placement", "sources.meds", "sources.mimic",
-        "sources.omop", "sources.synthea", "vocabulary", "population", "cohort", "floor", "metrics",
+        "sources.omop", "sources.synthea", "vocabulary", "population", "outcomes", "cohort", "floor", "metrics",
     ),
-    ("sequences", "spill", "parts", "prepare", "masking", "batches"),
+    ("sequences", "spill", "parts", "prepare", "masking", "batches", "ceiling"),
     ("cheap_layers", "attention", "model", "lora", "parameters"),
     ("checkpoints", "history", "tracking", "feeding", "feeder", "runs", "sync"),
     ("optimizer", "trainer", "cooccurrence", "records"),
