@@ -216,17 +216,21 @@ def _read(
 ) -> tuple[EventSource, list[SourceFile], Spilled]:
     """First pass: what the source is, its files, and the cleaned events."""
     report("indexing", 0, 1)
-    if options.format == "mimic4":
-        tables = scratch / "tables"
-        tables.mkdir()
-        events = open_mimic(source, tables, labs=options.labs)
-    else:
-        events = open_meds(source, options.column, part=None if place is None else (place.number, place.parts))
+    events = open_source(source, scratch, options, place)
     report("indexing", 1, 1)
     root = source if source.is_dir() else source.parent
     with reading(events.files, events.read, root) as digested:
         spilled = clean_and_spill(events, scratch, options, report, workers=workers)
         return events, digested.result(), spilled
+
+
+def open_source(source: Path, scratch: Path, options: PrepareOptions, place: PartNumber | None = None) -> EventSource:
+    """The reader of the format; one of tables converts them in a folder of its own in `scratch`."""
+    if options.format == "meds":
+        return open_meds(source, options.column, part=None if place is None else (place.number, place.parts))
+    tables = scratch / "tables"
+    tables.mkdir()
+    return open_mimic(source, tables, labs=options.labs)
 
 
 def _metadata(source: Path) -> Path:
