@@ -1,7 +1,7 @@
 """Does a disease begin within a horizon, and which codes does the next visit bring?
 
 `first_occurrences`: who has a code of the set up to the opening of the window has it already and gets no label; true
-where its first code falls into the window; false where the patient is observed to the window's end without; else there is
+where its first code falls into the window; false where the patient is observed to the window's end without; otherwise
 no label. `next_visits`: for each code set, whether a code of it stands in the visit that begins next; at discharges, in
 the next stay.
 """

@@ -1,9 +1,9 @@
 """Which of several conditions does a patient have?
 
 A label for each code set. From inside a stay (`each-admission`): whether a code of the set stands in the rest of the
-stay, where discharge diagnoses are. At other moments: whether one falls into the window, for patients who are observed to
-its end; the others get no label at all, so that all labels of a moment are known together. Unlike a disease that begins,
-a condition that was known before counts again.
+stay, where discharge diagnoses are. At other moments: whether one falls into the window, for patients who are observed
+to its end; the others get no label at all, so that all labels of a moment are known together. Unlike a disease that
+begins, a condition that was known before counts again.
 """
 
 from __future__ import annotations
