@@ -80,8 +80,8 @@ def read_labels(path: Path) -> Labels:
             value columns that mean nothing together, rows that contradict each other. It names no patient.
     """
     files = _find(path)
-    tables = [_read(file) for file in files]
-    filled = [_filled(table) for table in tables if table.height]
+    tables = [table for file in files if (table := _read(file)).height]
+    filled = [_filled(table) for table in tables]
     if not filled:
         raise UserError(f"{path}: holds no labels, expected rows of subject_id, prediction_time and a value")
     for number, columns in enumerate(filled):
