@@ -13,9 +13,10 @@ from behrt.cli import main
 from behrt.labels_command import TASKS
 from behrt.prepare_options import PrepareOptions
 from behrt.sources.meds import open_meds
+from behrt.tasks import building
 from behrt.tasks.building import OPTIONS, Task, label_events
 from behrt.tasks.labels import read_labels
-from behrt.tasks.task_options import DiseaseOptions
+from behrt.tasks.task_options import DiseaseOptions, NextVisitOptions
 
 from .small_records import BIRTH, DEATH, day, events, write_meds
 from .small_tasks import HEART, LUNG, SETS, stay, visit
@@ -94,6 +95,19 @@ def test_shards_and_workers_leave_no_trace_in_the_file(source: Path) -> None:
     for _, told, labels in found[1:]:
         assert told == found[0][1]
         assert labels.equals(found[0][2])
+
+
+def test_many_code_sets_are_worked_on_for_few_patients_at_a_time(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, opened = Task("next-visit", NextVisitOptions(), SETS), open_meds(source, {})
+    at_once = label_events(opened, Path("a.parquet"), task, PrepareOptions())
+    monkeypatch.setattr(building, "SETS_AT_ONCE", 0.5)
+    steps: list[int] = []
+    found = label_events(
+        opened, Path("b.parquet"), task, PrepareOptions(), progress=lambda *told: steps.append(told[2])
+    )
+    assert steps[0] == 4 * len(opened.shards)
+    assert found == at_once
+    assert read_labels(Path("a.parquet")).table.equals(read_labels(Path("b.parquet")).table)
 
 
 def test_one_code_set_gives_the_file_of_a_binary_task(source: Path) -> None:

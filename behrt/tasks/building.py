@@ -6,6 +6,7 @@ be made is counted once, as labelled or under the reason why not.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -46,6 +47,9 @@ OPTIONS: dict[str, type[TaskOptions]] = {
     "phenotyping": PhenotypingOptions,
 }
 """The tasks, and what their options are."""
+
+SETS_AT_ONCE = 20
+"""Every moment is paired with every code set: with more of them, fewer patients are labelled at a time."""
 
 Labelling = Callable[[Timelines], tuple[pl.DataFrame, Counter[str]]]
 
@@ -154,9 +158,12 @@ def label_events(
         UserError: no label is left, no admission is found where the task needs one, no code set matches anything.
     """
     labelling, totals = task.labelling(), _Totals(task)
+    blocks = math.ceil(len(task.sets or "1") / SETS_AT_ONCE)
 
-    def label(shard: Shard) -> _Labelled:
-        events = shard.collect()
+    def label(part: tuple[Shard, int]) -> _Labelled:
+        shard, block = part
+        of_block = pl.col("subject_id").hash(seed=0) % blocks == block
+        events = shard.collect() if blocks == 1 else shard.collect().filter(of_block)
         splits = None if source.splits is None else source.splits.among(events["subject_id"])
         found = timelines(
             events, options, splits, every_visit_is_a_stay=task.options.stays == "visits",
@@ -167,11 +174,11 @@ def label_events(
         return _Labelled(labels, counts, _matched(found.events, task.sets))
 
     def tables() -> Iterator[pl.DataFrame]:
-        progress("labelling", 0, len(source.shards))
-        shards = in_order(label, source.shards, workers=workers or default_workers())
-        for done, labelled in enumerate(shards, 1):
+        parts = [(shard, block) for shard in source.shards for block in range(blocks)]
+        progress("labelling", 0, len(parts))
+        for done, labelled in enumerate(in_order(label, parts, workers=workers or default_workers()), 1):
             totals.add(labelled)
-            progress("labelling", done, len(source.shards))
+            progress("labelling", done, len(parts))
             yield labelled.labels
         totals.refuse_nothing(options)
 
