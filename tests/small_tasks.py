@@ -9,10 +9,12 @@ from behrt.tasks.building import OPTIONS, Task
 from behrt.tasks.codesets import CodeSets
 from behrt.tasks.timelines import timelines
 
-from .small_records import day, events
+from .small_records import BIRTH, DEATH, day, events
 
 SETS = CodeSets({"heart": ("ICD9CM//428*",), "lung": ("ICD9CM//496", "ICD10CM//J44*")})
 HEART, LUNG = "ICD9CM//4280", "ICD10CM//J44.9"
+SUBJECT = 40000123
+"""The first subject of `hospital_records`."""
 
 
 def stay(
@@ -46,3 +48,15 @@ def label(task: str, *rows: tuple, sets: CodeSets | None = None, **options: obje
     table, counts = asked.labelling()(found)
     days = (pl.col("prediction_time") - day(0)).dt.total_hours() / 24
     return table.select(days.alias("day"), pl.exclude("subject_id", "prediction_time")).rows(), counts
+
+
+def hospital_records(subjects: int = 8) -> pl.DataFrame:
+    """Patients of two stays and a visit, who die later; some are readmitted within 30 days."""
+    rows: list[tuple] = []
+    for subject in range(SUBJECT, SUBJECT + subjects):
+        rows.append((subject, day(-9000), BIRTH))
+        rows += stay(0, 5, *([HEART] if subject % 2 else []), subject=subject)
+        rows += stay(20 + 5 * (subject % 4), 40, LUNG, subject=subject)
+        rows += visit(500, HEART, subject=subject)
+        rows.append((subject, day(600), DEATH))
+    return events(*rows, visit_id=True)

@@ -18,28 +18,16 @@ from behrt.tasks.building import OPTIONS, Task, label_events
 from behrt.tasks.labels import read_labels
 from behrt.tasks.task_options import DiseaseOptions, NextVisitOptions
 
-from .small_records import BIRTH, DEATH, day, events, write_meds
-from .small_tasks import HEART, LUNG, SETS, stay, visit
+from .small_records import write_meds
+from .small_tasks import SETS, SUBJECT, hospital_records
 
 SETS_FILE = "heart: [ICD9CM//428*]\nlung: [ICD9CM//496, ICD10CM//J44*]\nnothing: [X//1]\n"
-SUBJECT = 40000123
-
-
-def records(subjects: int = 8) -> pl.DataFrame:
-    rows: list[tuple] = []
-    for subject in range(SUBJECT, SUBJECT + subjects):
-        rows.append((subject, day(-9000), BIRTH))
-        rows += stay(0, 5, *([HEART] if subject % 2 else []), subject=subject)
-        rows += stay(20 + 5 * (subject % 4), 40, LUNG, subject=subject)
-        rows += visit(500, HEART, subject=subject)
-        rows.append((subject, day(600), DEATH))
-    return events(*rows, visit_id=True)
 
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    table = records()
+    table = hospital_records()
     half = pl.col("subject_id") < SUBJECT + 4
     write_meds(Path("meds"), table.filter(half), table.filter(~half))
     Path("sets.yaml").write_text(SETS_FILE)
@@ -116,7 +104,9 @@ def test_one_code_set_gives_the_file_of_a_binary_task(source: Path) -> None:
 
 
 def test_prepared_records_say_how_the_source_is_read(source: Path) -> None:
-    renamed = records().with_columns(pl.col("code").str.replace("ADMISSION", "IN").str.replace("DISCHARGE", "OUT"))
+    renamed = hospital_records().with_columns(
+        pl.col("code").str.replace("ADMISSION", "IN").str.replace("DISCHARGE", "OUT")
+    )
     write_meds(Path("other"), renamed)
     reading = ["--admission-code", "IN", "--discharge-code", "OUT"]
     assert main(["prepare", "other", "--out", "prepared", *reading]) == 0
@@ -126,7 +116,7 @@ def test_prepared_records_say_how_the_source_is_read(source: Path) -> None:
 
 
 def test_subjects_without_a_split_get_no_label(source: Path) -> None:
-    write_meds(Path("split"), records(), splits={SUBJECT: "train", SUBJECT + 1: "held_out"})
+    write_meds(Path("split"), hospital_records(), splits={SUBJECT: "train", SUBJECT + 1: "held_out"})
     main(["labels", "readmission", "split", "--out", "a.parquet"])
     assert read_labels(Path("a.parquet")).table["subject_id"].unique().to_list() == [SUBJECT, SUBJECT + 1]
 

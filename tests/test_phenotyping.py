@@ -21,6 +21,11 @@ def test_a_code_before_the_moment_is_no_label_of_the_rest() -> None:
     assert label("phenotyping", *rows, sets=SETS, hours=6)[0] == [(0.25, True, "heart"), (0.25, True, "lung")]
 
 
+def test_what_is_known_at_the_moment_is_no_label() -> None:
+    rows = [*stay(0, 5, LUNG), (1, day(1), HEART, None, "1/0")]
+    assert label("phenotyping", *rows, sets=SETS)[0] == [(1, False, "heart"), (1, True, "lung")]
+
+
 def test_who_dies_in_the_stay_has_labels() -> None:
     labels, _ = label("phenotyping", *stay(0, 5, HEART, to="DIED"), (1, day(5), DEATH), sets=SETS)
     assert labels == [(1, True, "heart"), (1, False, "lung")]
