@@ -10,6 +10,7 @@ import pytest
 from meds.schema import LabelSchema
 
 from behrt.cli import main
+from behrt.files import FolderLock
 from behrt.labels_command import TASKS
 from behrt.prepare_options import PrepareOptions
 from behrt.sources.meds import open_meds
@@ -119,6 +120,22 @@ def test_subjects_without_a_split_get_no_label(source: Path) -> None:
     write_meds(Path("split"), hospital_records(), splits={SUBJECT: "train", SUBJECT + 1: "held_out"})
     main(["labels", "readmission", "split", "--out", "a.parquet"])
     assert read_labels(Path("a.parquet")).table["subject_id"].unique().to_list() == [SUBJECT, SUBJECT + 1]
+
+
+def test_what_a_killed_process_left_is_removed_and_a_living_one_is_not_disturbed(
+    source: Path, capsys: pytest.CaptureFixture
+) -> None:
+    spill, partial = Path(".a.parquet.x.spill"), Path(".a.parquet.99.partial")
+    spill.mkdir()
+    partial.touch()
+    living = FolderLock(spill)
+    assert main(["labels", "readmission", "meds", "--out", "a.parquet"]) == 2
+    assert "another behrt labels is writing there" in capsys.readouterr().err
+    assert spill.exists()
+    living.release()
+    assert main(["labels", "readmission", "meds", "--out", "a.parquet"]) == 0
+    assert not spill.exists()
+    assert not partial.exists()
 
 
 REFUSED = {

@@ -37,6 +37,11 @@ def test_a_code_without_a_star_is_itself_alone() -> None:
     assert sets.names_of("LAB//50912//mg") == ()
 
 
+def test_dots_inside_icd_codes_do_not_count_on_either_side() -> None:
+    sets = CodeSets({"a": ("ICD10CM//E112*", "ICD9CM//250.00")})
+    assert sets.names_of("ICD10CM//E11.21") == sets.names_of("DX//ICD9CM//25000") == ("a",)
+
+
 def test_dots_count_where_the_system_is_not_known() -> None:
     assert CodeSets({"a": ("CONDITION//J44.9",)}).names_of("CONDITION//J449") == ()
 

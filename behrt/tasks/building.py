@@ -7,9 +7,11 @@ be made is counted once, as labelled or under the reason why not.
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +21,7 @@ import polars as pl
 
 from behrt.config import UserError
 from behrt.events import EventSource, Shard
+from behrt.files import FolderLock, is_locked, remains_beside
 from behrt.parallel import default_workers, in_order
 from behrt.prepare import open_source, silent
 from behrt.prepare_options import PrepareOptions
@@ -131,12 +134,30 @@ def label_source(
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise UserError(f"--out {out}: lies inside the source; name a file elsewhere")
     report = progress or silent
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".spill", dir=out.parent) as scratch:
+    with _place_to_work(out) as scratch:
         report("indexing", 0, 1)
-        events = open_source(source, Path(scratch), options)
+        events = open_source(source, scratch, options)
         report("indexing", 1, 1)
         return label_events(events, out, task, options, progress=report, workers=workers)
+
+
+@contextmanager
+def _place_to_work(out: Path) -> Iterator[Path]:
+    """A private folder beside `out` for converted tables; what a process that was killed has left there goes."""
+    for left in remains_beside(out, "spill"):
+        if is_locked(left):
+            raise UserError(f"--out {out}: another behrt labels is writing there; wait for it, or name another file")
+        shutil.rmtree(left, ignore_errors=True)
+    for left in remains_beside(out, "partial"):
+        left.unlink(missing_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        spill = tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".spill", dir=out.parent)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written beside: {error.strerror}") from None
+    with spill as scratch, ExitStack() as stack:
+        stack.callback(FolderLock(Path(scratch)).release)  # as long as it is held, this process is alive
+        yield Path(scratch)
 
 
 def label_events(
