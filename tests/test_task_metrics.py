@@ -178,6 +178,22 @@ def test_the_interval_of_a_mean_is_the_normal_one_where_each_patient_has_one_row
     assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.08)
 
 
+def test_a_patient_is_drawn_with_all_rows_wherever_they_stand() -> None:
+    patients = np.random.default_rng(0).integers(6, size=30)
+    drawn: list[np.ndarray] = []
+
+    def note(rows: np.ndarray) -> float:
+        drawn.append(np.bincount(rows, minlength=30))
+        return 0.0
+
+    patient_bootstrap(note, patients, generator=np.random.default_rng(1), draws=50)
+    for times in drawn:
+        of_patient = [set(times[patients == patient]) for patient in range(6)]
+        assert all(len(own) == 1 for own in of_patient)
+        assert sum(own.pop() for own in of_patient) == 6
+    assert (drawn[0] == 1).all()
+
+
 def test_rows_of_the_same_patient_do_not_narrow_the_interval() -> None:
     """Ten copies of each row are as uncertain as one; taken for ten patients, they would look three times as sure."""
     values = np.random.default_rng(0).normal(size=200)
