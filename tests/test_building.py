@@ -19,8 +19,8 @@ from behrt.tasks.building import OPTIONS, Task, label_events
 from behrt.tasks.labels import read_labels
 from behrt.tasks.task_options import DiseaseOptions, NextVisitOptions
 
-from .small_records import write_meds
-from .small_tasks import SETS, SUBJECT, hospital_records
+from .small_records import events, write_meds
+from .small_tasks import SETS, SUBJECT, hospital_records, visit
 
 SETS_FILE = "heart: [ICD9CM//428*]\nlung: [ICD9CM//496, ICD10CM//J44*]\nnothing: [X//1]\n"
 
@@ -84,6 +84,16 @@ def test_shards_and_workers_leave_no_trace_in_the_file(source: Path) -> None:
     for _, told, labels in found[1:]:
         assert told == found[0][1]
         assert labels.equals(found[0][2])
+
+
+def test_codes_that_a_set_matches_are_counted_over_all_shards(tmp_path: Path) -> None:
+    rows = [visit(when, code, subject=subject) for subject, code in ((1, "ICD9CM//4280"), (2, "ICD9CM//42831"))
+            for when in (0, 10)]  # fmt: skip
+    write_meds(tmp_path / "meds", *(events(*first, *second, visit_id=True) for first, second in (rows[:2], rows[2:])))
+    task = Task("next-visit", NextVisitOptions(), SETS)
+    found = label_events(open_meds(tmp_path / "meds", {}), tmp_path / "a.parquet", task, PrepareOptions())
+    assert found["sets"]["heart"] == {"codes": 2, "labels": 2, "subjects": 2, "positives": 2, "prevalence": 1.0}
+    assert found["sets"]["lung"]["codes"] == 0
 
 
 def test_many_code_sets_are_worked_on_for_few_patients_at_a_time(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

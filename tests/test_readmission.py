@@ -96,6 +96,18 @@ def test_a_planned_stay_is_no_readmission_and_hides_what_follows_it() -> None:
     assert counts["planned_readmissions"] == 1
 
 
+def test_a_stay_is_planned_if_its_first_admission_is_whatever_its_transfers_are() -> None:
+    first, later = [*stay(10, 12, kind="ELECTIVE"), *stay(12, 14)], [*stay(10, 12), *stay(12, 14, kind="ELECTIVE")]
+    assert label("readmission", *stay(0, 5), *first, planned=("ADMISSION//ELECTIVE",))[0][0] == (5, False)
+    assert label("readmission", *stay(0, 5), *later, planned=("ADMISSION//ELECTIVE",))[0][0] == (5, True)
+
+
+def test_death_after_a_transfer_ends_the_whole_stay() -> None:
+    labels, counts = label("readmission", *stay(0, 2), *stay(2, 5, to="EXPIRED"))
+    assert labels == []
+    assert counts["stays_that_ended_in_death"] == 1
+
+
 def test_a_record_that_ends_within_the_window_is_no_negative_where_that_is_asked_for() -> None:
     rows = [*stay(0, 5), *stay(100, 101)]
     assert label("readmission", *rows, observed_until="last-event")[0] == [(5, False)]
