@@ -78,26 +78,31 @@ class _Sieve:
         return self.events["subject_id"].n_unique()
 
 
-def _histories(sieve: _Sieve, options: PrepareOptions) -> pl.DataFrame:
-    """Takes births and deaths out of the events: `subject_id`, `birth`, `end`, null where unknown.
+def deaths(events: pl.DataFrame, death_code: str) -> pl.DataFrame:
+    """Of those who died: `subject_id` and `death`, the last moment of the history.
 
     The earliest of several counts. A death at midnight is a date without a time of day, so its whole day still belongs
     to the history; otherwise the last admission of those who died in hospital would be cut off.
     """
+    death = pl.col("time").min()
+    whole_day = pl.when(death.dt.time() == pl.time(0)).then(death + timedelta(days=1, microseconds=-1))
+    died = events.filter(matches_code(death_code)).group_by("subject_id")
+    return died.agg(whole_day.otherwise(death).alias("death"))
+
+
+def _histories(sieve: _Sieve, options: PrepareOptions) -> pl.DataFrame:
+    """Takes births and deaths out of the events: `subject_id`, `birth`, `end`, null where unknown.
+
+    The earliest of several births counts, and of deaths.
+    """
     events = sieve.events
     is_birth, is_death = matches_code(options.birth_code), matches_code(options.death_code)
-    earliest = pl.col("time").min()
-    births = events.filter(is_birth).group_by("subject_id").agg(earliest.alias("birth"))
-    deaths = events.filter(is_death).group_by("subject_id").agg(earliest.alias("death"))
-    death = pl.col("death")
-    last_moment = (
-        pl.when(death.dt.time() == pl.time(0)).then(death + timedelta(days=1, microseconds=-1)).otherwise(death)
-    )
+    births = events.filter(is_birth).group_by("subject_id").agg(pl.col("time").min().alias("birth"))
     histories = (
         events.select(pl.col("subject_id").unique().sort())
         .join(births, on="subject_id", how="left", maintain_order="left")
-        .join(deaths, on="subject_id", how="left", maintain_order="left")
-        .select("subject_id", "birth", last_moment.alias("end"))
+        .join(deaths(events, options.death_code), on="subject_id", how="left", maintain_order="left")
+        .rename({"death": "end"})
     )
     sieve.keep(~is_birth, "birth_events")
     sieve.keep(~is_death, "death_events")

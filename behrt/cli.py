@@ -12,7 +12,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,16 @@ from behrt.exits import (
     RefusedRun,
     one_line,
 )
+from behrt.labels_command import labels
 from behrt.options import (
     PATH,
-    Command,
     adaptation_options,
     data_options,
     given,
     in_folder,
     json_option,
     model_options,
+    prepare_option,
     preset_option,
     setting,
     training_options,
@@ -104,13 +105,6 @@ def simulate(patients: int, out: Path, structure: Any, seed: int, overwrite: boo
     if as_json:
         about = {"patients": patients, "structure": structure, "seed": seed, "codes": len(simulated.codes)}
         click.echo(json.dumps({"out": str(out), **about}))
-
-
-def prepare_option(name: str, help: str, **settings: Any) -> Callable[[Command], Command]:
-    """The option of one field of `PrepareOptions`; what is not given keeps the field's default."""
-    default = PrepareOptions.model_fields[name].default
-    shown = f"{help}  [default: {default}]" if default is not None else help
-    return click.option("--" + name.replace("_", "-"), name, default=None, help=shown, **settings)
 
 
 @cli.command()
@@ -191,6 +185,7 @@ def prepare(
         click.echo(json.dumps({name: value for name, value in info.items() if name != "files"}))
 
 
+cli.add_command(labels)
 cli.add_command(train)
 
 

@@ -322,6 +322,22 @@ def prepared_tables(info: Mapping[str, Any]) -> list[Table]:
     return [fates_table(info), splits]
 
 
+def labels_table(found: Mapping[str, Any]) -> Table:
+    """How many labels there are, of each code set and of all, and what became of the moments that have none."""
+    table = Table(f"labels: {found['task']}", "labels", "patients", "positive", "share")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    rows = found["sets"] if len(found["sets"]) > 1 else {}
+    for name, figures in {**rows, "all": found}.items():
+        share = "" if figures["prevalence"] is None else f"{figures['prevalence']:.1%}"
+        numbers = [f"{figures[key]:,}" for key in ("labels", "subjects", "positives")]
+        table.add_row(name, *numbers, share)
+    fates = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in found["counts"].items() if count)
+    unmatched = [name for name, figures in found["sets"].items() if not figures["codes"]]
+    table.caption = fates + (f"; no code of the records is in {', '.join(unmatched)}" if unmatched else "")
+    return table
+
+
 def parameter_table(counts: ParameterCounts) -> Table:
     """The accounting, group by group."""
     table = Table("group", "total", "trainable", "frozen")

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from behrt.config import PRESETS, SECTION_OF, SECTIONS, SIZES, UserError
+from behrt.prepare_options import PrepareOptions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -108,6 +109,13 @@ preset_option = click.option(
     "--preset", default=None, help=f"Start from the guide's recommendation: {', '.join(PRESETS)}."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+
+
+def prepare_option(name: str, help: str, **settings: Any) -> Callable[[Command], Command]:
+    """The option of one field of `PrepareOptions`; what is not given keeps the field's default."""
+    default = PrepareOptions.model_fields[name].default
+    shown = f"{help}  [default: {default}]" if default is not None else help
+    return click.option("--" + name.replace("_", "-"), name, default=None, help=shown, **settings)
 
 
 def given(flags: dict[str, Any]) -> dict[str, Any]:

@@ -218,7 +218,7 @@ def _read(
 ) -> tuple[EventSource, list[SourceFile], Spilled]:
     """First pass: what the source is, its files, and the cleaned events."""
     report("indexing", 0, 1)
-    events = _open(source, scratch, options, place)
+    events = open_source(source, scratch, options, place)
     report("indexing", 1, 1)
     root = source if source.is_dir() else source.parent
     with reading(events.files, events.read, root) as digested:
@@ -226,7 +226,7 @@ def _read(
         return events, digested.result(), spilled
 
 
-def _open(source: Path, scratch: Path, options: PrepareOptions, place: PartNumber | None) -> EventSource:
+def open_source(source: Path, scratch: Path, options: PrepareOptions, place: PartNumber | None = None) -> EventSource:
     """The reader of the format; those of tables convert them in a folder of their own in `scratch`."""
     if options.format == "meds":
         return open_meds(source, options.column, part=None if place is None else (place.number, place.parts))

@@ -15,7 +15,11 @@ from behrt.cli import main
 from behrt.config import load_experiment
 from behrt.doctor.explain import rules_page
 from behrt.files import write_json
+from behrt.tasks.codesets import read_code_sets
+from behrt.tasks.labels import read_labels
 
+from .small_records import write_meds
+from .small_tasks import hospital_records
 from .test_layers import ORDER
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,6 +81,23 @@ def test_the_commands_of_a_first_study_run_in_their_order(tmp_path: Path, capsys
     assert "user_attrs_ended" in capsys.readouterr().out
 
 
+def test_the_commands_of_tasks_label_records(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "experiments" / "tasks", tmp_path / "experiments" / "tasks")
+    with chdir(tmp_path):
+        write_meds(Path("meds"), hospital_records())
+        (block,) = blocks("docs/tasks.md", "bash")
+        for words in commands([block]):
+            run_smaller(["meds" if word == "SOURCE" else word for word in words])
+            assert read_labels(Path(words[words.index("--out") + 1])).table.height
+        assert len(list(Path("labels").iterdir())) == 5
+
+
+def test_the_code_sets_of_tasks_are_read(tmp_path: Path) -> None:
+    (block,) = blocks("docs/tasks.md", "yaml")
+    (tmp_path / "sets.yaml").write_text(block)
+    assert read_code_sets(tmp_path / "sets.yaml").names_of("MEDICATION//FERROUS SULFATE") == ("anaemia_treated",)
+
+
 def test_the_readmes_python_runs(capsys: pytest.CaptureFixture) -> None:
     for block in blocks("README.md", "python"):
         exec(compile(block, "README.md", "exec"), {})
@@ -93,7 +114,7 @@ def test_the_readme_names_both_make_targets() -> None:
     "document",
     [
         "README.md",
-        *(f"docs/{name}.md" for name in ("architecture", "learning", "doctor", "records", "rules", "sweeps")),
+        *(f"docs/{name}.md" for name in ("architecture", "learning", "doctor", "records", "rules", "sweeps", "tasks")),
     ],
 )
 def test_links_and_pictures_are_there(document: str) -> None:

@@ -21,7 +21,16 @@ def imported_by(code: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "arguments",
-    ["--help", "train --help", "prepare --help", "sweep run --help", "doctor --help", "--version", "train --droput 1"],
+    [
+        "--help",
+        "train --help",
+        "prepare --help",
+        "labels --help",
+        "sweep run --help",
+        "doctor --help",
+        "--version",
+        "train --droput 1",
+    ],
 )
 def test_help_and_mistakes_import_nothing_heavy(arguments: str) -> None:
     assert not imported_by(f"from behrt.cli import main; main({arguments.split()!r})") & HEAVY

@@ -24,17 +24,24 @@ LAYERS = (
         "doctor.diagnosis", "doctor.masks", "doctor.memory", "doctor.preflight", "doctor.logs", "doctor.tables",
         "doctor.targets", "doctor.checkup", "comparison", "plots",
     ),
-    (),
+    (
+        "tasks.task_options", "tasks.codesets", "tasks.timelines", "tasks.moments", "tasks.windows", "tasks.labels",
+        "tasks.readmission", "tasks.disease", "tasks.survival", "tasks.phenotyping", "tasks.building",
+        "tasks.features", "tasks.intervals", "tasks.metrics",
+    ),
     ("stopper", "run_report", "resume", "keeping", "pretrain"),
     (
         "sweep.space", "sweep.settings", "sweep.samplers", "sweep.trials", "sweep.storage", "sweep.liveness",
         "sweep.definitions", "sweep.study", "sweep.summary", "sweep.figures", "sweep.tracked", "sweep.trial",
         "sweep.worker", "sweep.coordinator",
     ),
-    ("exits", "options", "terminal", "console", "sweep_console", "sweep_commands", "train_command", "cli", "__main__"),
+    (
+        "exits", "options", "terminal", "console", "sweep_console", "sweep_commands", "train_command", "labels_command",
+        "cli", "__main__",
+    ),
 )  # fmt: skip
 ORDER = [module for layer in LAYERS for module in layer]
-WITHOUT_LAYER = {"__init__", "sources.__init__", "doctor.__init__", "sweep.__init__"}
+WITHOUT_LAYER = {"__init__", "sources.__init__", "doctor.__init__", "sweep.__init__", "tasks.__init__"}
 
 
 def modules() -> dict[str, Path]:

@@ -367,6 +367,17 @@ def not_a_sweep(folder: Path) -> list[str]:
     return ["sweep", "run", "x.yaml"]
 
 
+def not_code_sets(folder: Path) -> list[str]:
+    write_planted_meds(folder / "meds")
+    planted_events().write_csv(folder / "x.yaml")
+    return ["labels", "disease", "meds", "--out", "x.parquet", "--code-sets", "x.yaml"]
+
+
+def nothing_to_label(folder: Path) -> list[str]:
+    write_planted_meds(folder / "meds")
+    return ["labels", "survival", "meds", "--out", "x.parquet", "--min-visits", "9999"]
+
+
 EVENTS, TABLES = planted_events(), planted_tables()
 UNSIGNED = EVENTS.with_columns(pl.lit(2**64 - 1 - (2**63 - subject(0) % 2**63), dtype=pl.UInt64).alias("subject_id"))
 MISTAKES: dict[str, Callable[[Path], list[str]]] = {
@@ -391,6 +402,8 @@ MISTAKES: dict[str, Callable[[Path], list[str]]] = {
     "no header for the doctor": headerless,
     "records for settings": not_settings,
     "records for a sweep": not_a_sweep,
+    "records for code sets": not_code_sets,
+    "nothing to label": nothing_to_label,
 }
 
 
