@@ -94,7 +94,7 @@ def own_course(settings: ExperimentSettings, records: Records, device: torch.dev
         "table_rate": training.table_rate,
         "schedule": training.schedule,
         "precision": own.precision,
-        "customary": False,
+        "customary": True,
     }
     return Course("behrt", about, train)
 
