@@ -1,8 +1,8 @@
 # make train: simulate a cohort, train on it, show the result beside the best possible one.
-# make test:  format, lint, types, every test.
+# make test:  format, lint, types, every test but the slow ones.
 # make bench: speed and memory beside Hugging Face and the guide's recipe, in some fifteen minutes on two cores.
 # make bench-quality: seconds until 90% of what can be learned is learned, beside the same, in up to an hour.
-# make soak:  ten minutes of killed processes, failing servers and random input; nothing may be lost.
+# make soak:  the slow tests, and ten minutes of killed processes, failing servers and random input; nothing may be lost.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,7 +32,7 @@ test: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 -m 'not slow'
 
 bench: $(VENV)/.installed-bench
 	$(MEASURE) equal
@@ -46,4 +46,5 @@ bench-quality: $(VENV)/.installed-bench
 	$(MEASURE) report
 
 soak: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 -m slow
 	OMP_NUM_THREADS=1 $(BIN)/python experiments/reliability/measure.py soak

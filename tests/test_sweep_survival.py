@@ -80,6 +80,7 @@ def test_a_killed_workers_trial_is_continued_and_counted_once(tmp_path: Path, pr
     assert_optuna_and_mlflow_agree(tmp_path, "s")
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_stopped_by_itself_is_replaced(tmp_path: Path, prepared: Path) -> None:
     write_sweep(tmp_path / "s.yaml", prepared, settings={"epochs": 6}, budget={"trials": 1})
     run = start(tmp_path, "sweep", "run", "s.yaml")
@@ -126,6 +127,7 @@ def test_ctrl_c_keeps_what_was_trained_and_the_same_command_goes_on(tmp_path: Pa
     assert_optuna_and_mlflow_agree(tmp_path, "s")
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_command_that_started_them_even_when_it_is_killed(tmp_path: Path, prepared: Path) -> None:
     write_sweep(tmp_path / "s.yaml", prepared, settings={"epochs": 40}, budget={"trials": 2})
     run = start(tmp_path, "sweep", "run", "s.yaml")
@@ -154,6 +156,7 @@ def several(root: Path, number: int, *words: str) -> Any:
         yield processes
 
 
+@pytest.mark.slow
 def test_four_that_begin_the_same_study_at_once_share_its_trials(tmp_path: Path, prepared: Path) -> None:
     write_sweep(tmp_path / "s.yaml", prepared, settings={"epochs": 1}, budget={"trials": 6})
     with several(tmp_path, 4, "sweep", "run", "s.yaml") as processes:

@@ -265,8 +265,8 @@ def quality_table(found: dict[str, Any]) -> str:
     lines += [
         "",
         "`--table-rate` gives embedding tables, decoder, biases and norms a higher learning rate than the matrices",
-        "inside: a step moves only the rows of the codes that it holds. Customary are BERT's 1e-4, warmed up over 5% of",
-        "the steps and decaying to 0 then, and the guide's constant 1e-4; the other rates are granted, so that nobody",
+        "inside: a step moves only the rows of the codes that it holds. Customary are BERT's 1e-4, warmed up over 5%",
+        "of the steps and decaying to 0 then, and the guide's constant 1e-4; other rates are granted, so that nobody",
         f"has to lose by a bad one. Aim: {QUALITY_AIM} times against Hugging Face.",
     ]
     return "\n".join(lines)
