@@ -82,7 +82,11 @@ training_options = options(
     setting("batch_size", "Patients per optimizer step.", type=int),
     setting("accumulation_steps", "Micro-batches that a step is computed in, to save memory.", type=int),
     setting("lr", "Highest learning rate.", type=float),
-    setting("table_rate", "Learning rate of tables, decoder, biases and norms, as a multiple of --lr.", type=float),
+    setting(
+        "table_rate",
+        "Learning rate (and decay) of tables, decoder, biases and norms, as a multiple of --lr.",
+        type=float,
+    ),
     setting("weight_decay", "Decoupled weight decay, on matrices only.", type=float),
     setting("warmup_fraction", "Share of all steps in which the learning rate rises.", type=float),
     setting("schedule", "How the learning rate falls.", type=click.Choice(["cosine", "linear", "constant"])),

@@ -103,7 +103,7 @@ def save_part(part: Part) -> dict[str, Any]:
         "parts": part.place.parts,
         "files": [[file.name, file.size, file.sha256] for file in part.files],
         "files_of_events": len(part.subjects),
-        "options": part.options.model_dump(mode="json"),
+        "options": part.options.recorded(),
         "report": part.spilled.report(),
         "events": [path.name for path in part.spilled.files],
     }

@@ -272,7 +272,7 @@ def _write(origin: _Origin, spilled: Spilled, out: Path, report: Progress, worke
             "format_version": FORMAT_VERSION,
             "name": origin.name,
             "source": {"name": origin.name, "sha256": fingerprint(origin.files), "files": len(origin.files)},
-            "options": origin.options.model_dump(mode="json"),
+            "options": origin.options.recorded(),
             "vocab_size": len(vocabulary),
             "splits": splits,
             "report": spilled.report(),

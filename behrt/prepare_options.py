@@ -111,6 +111,11 @@ class PrepareOptions(Settings):
             raise ValueError(f"--column is for --format meds; the columns of {self.format} are fixed")
         return self
 
+    def recorded(self) -> dict[str, Any]:
+        """As JSON, for `dataset.json`; without the options of another format, so that a new one changes no digest."""
+        others = set() if self.format == "omop" else {"measurements", "observations"}
+        return self.model_dump(mode="json", exclude=others)
+
     @property
     def shares(self) -> tuple[float, float, float]:
         """Shares of train, tuning and held_out, summing to 1."""

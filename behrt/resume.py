@@ -39,6 +39,7 @@ MAY_CHANGE = (
     "training.epochs",
     "training.early_stopping_patience",
     "training.device",
+    "training.compile",
     "training.checkpoint_minutes",
     "training.recover",
     "training.stop_on",

@@ -156,6 +156,7 @@ def make_optimizer(model: nn.Module, settings: TrainingSettings) -> AdamW:
 
     Biases and LayerNorm weights are offsets and scales: pulled to 0 they give a worse model, not a simpler one. The
     `rate` of a group is what its learning rate is multiplied by: 1 for matrices inside the network, else `table_rate`.
+    AdamW's decay is multiplied with it.
     """
     inside = {id(matrix) for matrix in inner_matrices(model)}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}

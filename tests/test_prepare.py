@@ -299,3 +299,10 @@ def test_real_records_are_prepared(tmp_path, test_data, folder, options, patient
     assert codes[-1] == SEP
     assert (np.diff(visits) >= 0).all()
     assert 0 <= ages.min() <= ages.max() < 120
+
+
+@pytest.mark.parametrize("record_format", ["meds", "mimic4", "omop"])
+def test_an_option_of_one_format_is_not_recorded_of_another(record_format: str) -> None:
+    recorded = PrepareOptions(format=record_format).recorded()
+    assert ("measurements" in recorded) is ("observations" in recorded) is (record_format == "omop")
+    assert PrepareOptions(**recorded) == PrepareOptions(format=record_format)

@@ -13,7 +13,7 @@ import pytest
 from behrt.config import UserError, load_experiment
 from behrt.sweep.settings import Budget, PrunerSettings
 from behrt.sweep.storage import open_storage
-from behrt.sweep.study import Done, Report, SweepStudy, Wait
+from behrt.sweep.study import DEFINITION, Done, Report, SweepStudy, Wait
 from behrt.sweep.trials import (
     ALL_EPOCHS,
     DIED,
@@ -267,6 +267,15 @@ def test_values_that_are_not_finite_are_kept_and_are_no_best(tmp_path: Path) -> 
 
 
 # What a study is
+
+
+def test_a_study_goes_on_when_there_are_settings_that_its_definition_does_not_know(tmp_path: Path) -> None:
+    claimed(begin(tmp_path))
+    stored = optuna.load_study(study_name="small", storage=f"sqlite:///{tmp_path}/a.db")
+    definition = stored.user_attrs[DEFINITION]
+    del definition["base"]["training"]["table_rate"]
+    stored.set_user_attr(DEFINITION, definition)
+    assert len(begin(tmp_path).records()) == 1
 
 
 def test_another_definition_is_refused_with_what_differs(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ class SweepStudy:
             )
             attributes, has_trials = study.user_attrs, bool(study.get_trials(deepcopy=False))
             here = sweep.definition()
-            difference = first_difference(attributes.get(DEFINITION, {}), here)
+            difference = first_difference(_as_today(sweep, attributes.get(DEFINITION, {})), here)
             if has_trials and DEFINITION not in attributes:
                 raise _foreign(sweep.name, storage)
             if has_trials and difference is not None:
@@ -375,6 +375,14 @@ class SweepStudy:
             study_id = rdb.get_study_id_from_name(self.sweep.name)
             self._trial_ids[number] = rdb.get_trial_id_from_study_id_trial_number(study_id, number)
         return self._trial_ids[number]
+
+
+def _as_today(sweep: Sweep, stored: dict[str, Any]) -> dict[str, Any]:
+    """The definition that a study was begun with, and the defaults of settings that there were not then."""
+    try:
+        return Sweep.from_definition(sweep.name, stored, sweep.budget).definition()
+    except (KeyError, TypeError, ValueError, UserError):  # none, or of a setting that is no more
+        return stored
 
 
 def _with_one_pruner(sweep: Sweep, name: str | None) -> Sweep:

@@ -43,6 +43,7 @@ class Recipe:
 RECIPES = (
     # BERT's pre-training: 1e-4, warmed up, decaying linearly (Devlin et al., 2019, A.2); 5e-5 is for fine-tuning
     Recipe("hf", 1e-4, "linear", customary=True),
+    Recipe("hf", 3e-4, "linear", customary=False),
     Recipe("hf", 1e-3, "linear", customary=False),
     Recipe("guide", 1e-4, "constant", customary=True),  # the guide's starting point
     Recipe("guide", 1e-3, "linear", customary=False),
