@@ -75,6 +75,20 @@ def test_a_stay_without_a_discharge_ends_with_its_visits_last_event() -> None:
     assert stays.select("begin", "end").rows() == [(day(0), day(4))]
 
 
+@pytest.mark.parametrize("code", ["DIED", "Expired", "DEAD/EXPIRED", "DIED_IN_HOSPITAL", "20//DECEASED"])
+@pytest.mark.parametrize(
+    "options", [{"at": "each-discharge"}, {"at": "each-visit"}, {"at": "last-visit", "by": day(99).date()}]
+)
+def test_no_prediction_is_made_at_the_end_of_a_stay_that_was_a_death(code: str, options: dict[str, object]) -> None:
+    rows = [*stay(0, 2), *stay(10, 12, to=code), (1, day(12.1), "LAB", None, "1/10")]
+    assert days(rows, **options) == [2]
+
+
+@pytest.mark.parametrize("code", ["UNDEADLY", "SKILLED", "HOME"])
+def test_a_discharge_that_only_sounds_like_a_death_is_a_moment(code: str) -> None:
+    assert days(stay(0, 2, to=code)) == [2]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
