@@ -162,7 +162,7 @@ REFUSED = {
         "most of the 24 moments: fewer visits than min visits",
     ),
     "another ending": ("readmission meds --out a.csv", "expected a file that ends in .parquet"),
-    "inside the source": ("readmission meds --out meds/a.parquet", "lies inside the source"),
+    "inside the source": ("readmission meds --out meds/a.parquet", "is the source or lies inside it"),
     "in the way": ("readmission meds --out meds.parquet", "is there already"),
     "an unknown task": ("readmision meds --out a.parquet", "readmision"),
     "an unknown moment": ("disease meds --out a.parquet --code-sets sets.yaml --at noon", "labels disease: at"),
@@ -183,6 +183,19 @@ def test_a_mistake_is_refused_in_one_line_and_leaves_nothing(
     assert len(told.splitlines()) == 1
     assert str(SUBJECT)[:6] not in told
     assert sorted(Path().rglob("*")) == before
+
+
+def test_a_source_of_one_file_is_not_replaced_by_its_labels(source: Path, capsys: pytest.CaptureFixture) -> None:
+    one = Path("one.parquet")
+    hospital_records().write_parquet(one)
+    before = one.read_bytes()
+    Path("link.parquet").symlink_to(one)
+    for out in (one, Path("meds/../one.parquet"), Path("link.parquet")):
+        assert main(["labels", "readmission", str(one), "--out", str(out), "--overwrite"]) == 2
+        told = capsys.readouterr().err
+        assert "is the source or lies inside it" in told
+        assert len(told.splitlines()) == 1
+        assert one.read_bytes() == before
 
 
 # Records.

@@ -129,10 +129,10 @@ def label_source(
         raise UserError(f"{source}: no such file or folder; expected the records to label")
     if out.suffix != ".parquet":
         raise UserError(f"--out: expected a file that ends in .parquet, found {str(out)!r}")
+    if out.resolve().is_relative_to(source.resolve()):  # a source can be one file, which --overwrite would replace
+        raise UserError(f"--out {out}: is the source or lies inside it; name a file elsewhere")
     if out.is_dir() or (out.exists() and not overwrite):
         raise UserError(f"--out {out}: is there already; replace it with --overwrite, or name another")
-    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"--out {out}: lies inside the source; name a file elsewhere")
     report = progress or silent
     with _place_to_work(out) as scratch:
         report("indexing", 0, 1)
