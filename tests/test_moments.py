@@ -8,7 +8,13 @@ import pytest
 from behrt.config import UserError
 from behrt.prepare_options import PrepareOptions
 from behrt.tasks.moments import moments
-from behrt.tasks.task_options import DiseaseOptions, ReadmissionOptions
+from behrt.tasks.task_options import (
+    DiseaseOptions,
+    PhenotypingOptions,
+    ReadmissionOptions,
+    SurvivalOptions,
+    TaskOptions,
+)
 from behrt.tasks.timelines import Timelines, timelines
 
 from .small_records import BIRTH, day, events
@@ -103,6 +109,30 @@ def test_a_discharge_that_only_sounds_like_a_death_is_a_moment(code: str) -> Non
 def test_options_that_make_no_sense_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         DiseaseOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (DiseaseOptions, {"hours": 24}, "--hours has no effect without --at each-admission"),
+        (DiseaseOptions, {"seed": 0}, "--seed has no effect without --at one-visit"),
+        (SurvivalOptions, {"seed": 3, "at": "first-visit"}, "--seed has no effect without --at one-visit"),
+        (PhenotypingOptions, {"horizon": 30}, "--horizon has no effect with --at each-admission"),
+        (PhenotypingOptions, {"observed_until": "always"}, "--observed-until has no effect with --at each-admission"),
+        (ReadmissionOptions, {"planned": ("A",), "stays": "visits"}, "--planned has no effect with --stays visits"),
+    ],
+)
+def test_a_flag_without_effect_is_refused(kind: type[TaskOptions], options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=f"{kind.where}: {message}.*; leave it out$"):
+        kind(**options)
+
+
+def test_a_flag_that_has_its_effect_is_taken() -> None:
+    assert DiseaseOptions(at="each-admission", hours=6, horizon=30, observed_until="always").hours == 6
+    assert SurvivalOptions(seed=3).seed == 3
+    assert PhenotypingOptions(hours=6, gap=1).hours == 6
+    assert PhenotypingOptions(at="each-visit", horizon=30, observed_until="always").horizon == 30
+    assert ReadmissionOptions(planned=("A",)).planned == ("A",)
 
 
 def test_a_readmission_is_predicted_at_discharges_only() -> None:
