@@ -44,7 +44,7 @@ TASKS = ("readmission", "disease", "next-visit", "survival", "phenotyping")
 )
 @click.option("--planned", multiple=True, metavar="CODE", help="Of admissions that are no readmission; repeatable.")
 @click.option("--seed", type=int, help="Of one-visit.  [default: 0]")
-@click.option("--data", type=PATH, help="Prepared records of SOURCE: read it as they were.")
+@click.option("--data", type=PATH, help="Prepared records of this same SOURCE: read it as they were.")
 @prepare_option("format", "Layout of SOURCE, as for prepare.", type=click.Choice(get_args(RecordFormat)))
 @prepare_option("birth_code", "Code of a birth, or what it begins with before `//`.")
 @prepare_option("death_code", "Code of a death, likewise.")
@@ -52,6 +52,9 @@ TASKS = ("readmission", "disease", "next-visit", "survival", "phenotyping")
 @prepare_option("discharge_code", "Code of a discharge; goes with --admission-code.")
 @prepare_option("visit_gap_hours", "Without a visit id, a longer pause begins a new visit.", type=float)
 @click.option("--column", multiple=True, metavar="NAME=MEDS", help="Rename a column, e.g. value=numeric_value.")
+@click.option("--labs", is_flag=True, default=None, help="mimic4: read labevents too.")
+@click.option("--measurements", is_flag=True, default=None, help="omop: read the table measurement too.")
+@click.option("--observations", is_flag=True, default=None, help="omop: read the table observation too.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT.")
 @json_option
 def labels(
@@ -83,12 +86,15 @@ def labels(
     sets = None if code_sets is None else read_code_sets(code_sets)
     if sets is not None and names:
         sets = sets.only(names, str(code_sets))
-    options = PrepareOptions(**(reading if data is None else read_info(data)["options"]))
+    info: dict[str, Any] = {} if data is None else read_info(data)
+    options = PrepareOptions(**(info["options"] if info else reading))
     asked = Task(task, OPTIONS[task](**chosen), sets)
     console = stderr_console()
     bar = ProgressBar(console)
     try:
-        found = label_source(source, out, asked, options, overwrite=overwrite, progress=bar.show)
+        found = label_source(
+            source, out, asked, options, prepared_from=info.get("source"), overwrite=overwrite, progress=bar.show
+        )
     finally:
         bar.clear()
     console.print(labels_table(found))

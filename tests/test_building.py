@@ -126,6 +126,43 @@ def test_prepared_records_say_how_the_source_is_read(source: Path) -> None:
     assert read_labels(Path("a.parquet")).table.equals(read_labels(Path("b.parquet")).table)
 
 
+def test_labs_make_moments_as_they_make_visits(test_data: Path, tmp_path: Path) -> None:
+    tables, out = str(test_data / "mimic-iv-demo-2.2"), tmp_path / "a.parquet"
+    asked = ["survival", tables, "--out", str(out), "--at", "each-visit", "--observed-until", "always", "--overwrite"]
+    assert main(["labels", *asked, "--format", "mimic4"]) == 0
+    without = read_labels(out).table
+    assert main(["labels", *asked, "--format", "mimic4", "--labs"]) == 0
+    assert read_labels(out).table.height > 1.5 * without.height
+
+
+@pytest.mark.parametrize("flag", ["labs", "measurements", "observations"])
+def test_a_flag_of_another_format_is_refused(flag: str, source: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["labels", "readmission", "meds", "--out", "a.parquet", f"--{flag}"]) == 2
+    assert f"--{flag} is for --format" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("other", ["fewer patients", "more files"])
+def test_prepared_records_of_another_source_are_refused(
+    other: str, source: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["prepare", "meds", "--out", "prepared"]) == 0
+    table = hospital_records(7 if other == "fewer patients" else 8)
+    parts = 2 if other == "fewer patients" else 4
+    write_meds(Path("other"), *(table.filter(pl.col("subject_id") % parts == part) for part in range(parts)))
+    capsys.readouterr()
+    assert main(["labels", "readmission", "other", "--out", "a.parquet", "--data", "prepared"]) == 2
+    told = capsys.readouterr().err
+    assert "--data: was prepared from another source than other" in told
+    assert len(told.splitlines()) == 1
+    assert not Path("a.parquet").exists()
+
+
+def test_a_source_that_was_moved_is_still_the_one_that_was_prepared(source: Path) -> None:
+    assert main(["prepare", "meds", "--out", "prepared"]) == 0
+    Path("meds").rename("moved")
+    assert main(["labels", "readmission", "moved", "--out", "a.parquet", "--data", "prepared"]) == 0
+
+
 def test_subjects_without_a_split_get_no_label(source: Path) -> None:
     write_meds(Path("split"), hospital_records(), splits={SUBJECT: "train", SUBJECT + 1: "held_out"})
     main(["labels", "readmission", "split", "--out", "a.parquet"])
@@ -162,7 +199,7 @@ REFUSED = {
         "most of the 24 moments: fewer visits than min visits",
     ),
     "another ending": ("readmission meds --out a.csv", "expected a file that ends in .parquet"),
-    "inside the source": ("readmission meds --out meds/a.parquet", "lies inside the source"),
+    "inside the source": ("readmission meds --out meds/a.parquet", "is the source or lies inside it"),
     "in the way": ("readmission meds --out meds.parquet", "is there already"),
     "an unknown task": ("readmision meds --out a.parquet", "readmision"),
     "an unknown moment": ("disease meds --out a.parquet --code-sets sets.yaml --at noon", "labels disease: at"),
@@ -183,6 +220,19 @@ def test_a_mistake_is_refused_in_one_line_and_leaves_nothing(
     assert len(told.splitlines()) == 1
     assert str(SUBJECT)[:6] not in told
     assert sorted(Path().rglob("*")) == before
+
+
+def test_a_source_of_one_file_is_not_replaced_by_its_labels(source: Path, capsys: pytest.CaptureFixture) -> None:
+    one = Path("one.parquet")
+    hospital_records().write_parquet(one)
+    before = one.read_bytes()
+    Path("link.parquet").symlink_to(one)
+    for out in (one, Path("meds/../one.parquet"), Path("link.parquet")):
+        assert main(["labels", "readmission", str(one), "--out", str(out), "--overwrite"]) == 2
+        told = capsys.readouterr().err
+        assert "is the source or lies inside it" in told
+        assert len(told.splitlines()) == 1
+        assert one.read_bytes() == before
 
 
 # Records.

@@ -49,14 +49,34 @@ def test_dots_count_where_the_system_is_not_known() -> None:
 letters = st.text("AB1.", max_size=4)
 
 
-@given(patterns=st.lists(st.tuples(st.sampled_from(["X//", "Y//"]), letters, st.booleans()), min_size=1), code=letters)
-def test_matching_is_that_of_equality_and_startswith(patterns: list[tuple[str, str, bool]], code: str) -> None:
-    written = tuple(f"{system}{text}{'*' if star else ''}" for system, text, star in patterns)
+FAMILIES = {"X": ["X"], "Y": ["Y"], "ICD9CM": ["ICD9CM", "DX//ICD9CM", "DIAGNOSIS//ICD//9"],
+            "ICD10CM": ["ICD10CM", "DX//ICD10CM", "DIAGNOSIS//ICD//10"]}  # fmt: skip
+systems = st.sampled_from([(family, name) for family, names in FAMILIES.items() for name in names])
+ABOVE = ["D", "DX//", "DX//ICD9CM", "DIAGNOSIS//", "DIAGNOSIS//ICD//", "ICD", "ICD10CM"]
+
+
+@given(patterns=st.lists(st.tuples(systems, letters, st.booleans())), system=systems, code=letters)
+def test_matching_is_that_of_equality_and_startswith(
+    patterns: list[tuple[tuple[str, str], str, bool]], system: tuple[str, str], code: str
+) -> None:
+    def bare(family: str, text: str) -> str:
+        return text.replace(".", "") if family.startswith("ICD") else text
+
+    written = tuple(f"{name}//{text}{'*' if star else ''}" for (_, name), text, star in patterns)
+    own = bare(system[0], code)
     expected = any(
-        f"X//{code}".startswith(system + text) if star else f"X//{code}" == system + text
-        for system, text, star in patterns
+        family == system[0] and (own.startswith(bare(family, text)) if star else own == bare(family, text))
+        for (family, _), text, star in patterns
     )
-    assert CodeSets({"a": written}).names_of(f"X//{code}") == (("a",) if expected else ())
+    assert CodeSets({"a": written}).names_of(f"{system[1]}//{code}") == (("a",) if expected else ())
+
+
+@given(prefix=st.sampled_from(ABOVE), system=systems, code=letters)
+def test_a_prefix_above_the_system_matches_codes_as_they_are_written_and_by_the_first_name(
+    prefix: str, system: tuple[str, str], code: str
+) -> None:
+    expected = any(f"{name}//{code}".startswith(prefix) for name in (system[1], system[0]))
+    assert CodeSets({"a": (f"{prefix}*",)}).names_of(f"{system[1]}//{code}") == (("a",) if expected else ())
 
 
 def test_occurrences_name_an_event_in_two_sets_twice_and_a_repeated_one_once() -> None:

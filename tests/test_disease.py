@@ -158,3 +158,10 @@ def test_a_longer_horizon_than_the_calendar_overflows_nothing() -> None:
     late = day(0) + timedelta(days=365 * 7900)
     rows = [(1, day(0), "VISIT", None, "a"), (1, late, "VISIT", None, "b")]
     assert label("disease", *rows, sets=ONE, horizon=100_000)[1]["pairs"] == 2
+
+
+def test_the_horizon_of_a_disease_does_not_end_with_the_stay() -> None:
+    rows = [*stay(0, 5), *visit(100, HEART), *visit(600)]
+    assert heart(*rows, at="each-admission") == [(1, True)]
+    assert heart(*rows, at="each-admission", horizon=50) == [(1, False)]
+    assert heart(*stay(0, 5), *visit(30), at="each-admission", horizon=50) == []

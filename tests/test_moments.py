@@ -8,7 +8,13 @@ import pytest
 from behrt.config import UserError
 from behrt.prepare_options import PrepareOptions
 from behrt.tasks.moments import moments
-from behrt.tasks.task_options import DiseaseOptions, ReadmissionOptions
+from behrt.tasks.task_options import (
+    DiseaseOptions,
+    PhenotypingOptions,
+    ReadmissionOptions,
+    SurvivalOptions,
+    TaskOptions,
+)
 from behrt.tasks.timelines import Timelines, timelines
 
 from .small_records import BIRTH, day, events
@@ -75,6 +81,20 @@ def test_a_stay_without_a_discharge_ends_with_its_visits_last_event() -> None:
     assert stays.select("begin", "end").rows() == [(day(0), day(4))]
 
 
+@pytest.mark.parametrize("code", ["DIED", "Expired", "DEAD/EXPIRED", "DIED_IN_HOSPITAL", "20//DECEASED"])
+@pytest.mark.parametrize(
+    "options", [{"at": "each-discharge"}, {"at": "each-visit"}, {"at": "last-visit", "by": day(99).date()}]
+)
+def test_no_prediction_is_made_at_the_end_of_a_stay_that_was_a_death(code: str, options: dict[str, object]) -> None:
+    rows = [*stay(0, 2), *stay(10, 12, to=code), (1, day(12.1), "LAB", None, "1/10")]
+    assert days(rows, **options) == [2]
+
+
+@pytest.mark.parametrize("code", ["UNDEADLY", "SKILLED", "HOME"])
+def test_a_discharge_that_only_sounds_like_a_death_is_a_moment(code: str) -> None:
+    assert days(stay(0, 2, to=code)) == [2]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -89,6 +109,30 @@ def test_a_stay_without_a_discharge_ends_with_its_visits_last_event() -> None:
 def test_options_that_make_no_sense_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         DiseaseOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (DiseaseOptions, {"hours": 24}, "--hours has no effect without --at each-admission"),
+        (DiseaseOptions, {"seed": 0}, "--seed has no effect without --at one-visit"),
+        (SurvivalOptions, {"seed": 3, "at": "first-visit"}, "--seed has no effect without --at one-visit"),
+        (PhenotypingOptions, {"horizon": 30}, "--horizon has no effect with --at each-admission"),
+        (PhenotypingOptions, {"observed_until": "always"}, "--observed-until has no effect with --at each-admission"),
+        (ReadmissionOptions, {"planned": ("A",), "stays": "visits"}, "--planned has no effect with --stays visits"),
+    ],
+)
+def test_a_flag_without_effect_is_refused(kind: type[TaskOptions], options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=f"{kind.where}: {message}.*; leave it out$"):
+        kind(**options)
+
+
+def test_a_flag_that_has_its_effect_is_taken() -> None:
+    assert DiseaseOptions(at="each-admission", hours=6, horizon=30, observed_until="always").hours == 6
+    assert SurvivalOptions(seed=3).seed == 3
+    assert PhenotypingOptions(hours=6, gap=1).hours == 6
+    assert PhenotypingOptions(at="each-visit", horizon=30, observed_until="always").horizon == 30
+    assert ReadmissionOptions(planned=("A",)).planned == ("A",)
 
 
 def test_a_readmission_is_predicted_at_discharges_only() -> None:

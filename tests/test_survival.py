@@ -5,7 +5,7 @@ import pytest
 from behrt.tasks.codesets import CodeSets
 
 from .small_records import DEATH, day
-from .small_tasks import HEART, SETS, label, visit
+from .small_tasks import HEART, SETS, label, stay, visit
 
 ONE = SETS.only(("heart",), "test")
 
@@ -52,3 +52,9 @@ def test_an_end_of_the_data_censors_instead_of_the_last_event() -> None:
 
 def test_a_date_of_death_is_the_end_of_its_day() -> None:
     assert days(*visit(0), (1, day(10).replace(hour=0), DEATH))[0][2] == pytest.approx(10.5)
+
+
+def test_survival_from_a_stay_is_followed_beyond_its_end() -> None:
+    rows = [*stay(0, 5), (1, day(100), DEATH)]
+    assert days(*rows, at="each-admission") == [(1, True, 99)]
+    assert days(*rows, at="each-admission", horizon=50) == [(1, False, 50)]

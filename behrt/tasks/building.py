@@ -10,7 +10,7 @@ import math
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,7 @@ import polars as pl
 from behrt.config import UserError
 from behrt.events import EventSource, Shard
 from behrt.files import FolderLock, is_locked, remains_beside
+from behrt.fingerprint import fingerprint, reading
 from behrt.parallel import default_workers, in_order
 from behrt.prepare import open_source, silent
 from behrt.prepare_options import PrepareOptions
@@ -116,11 +117,15 @@ def label_source(
     task: Task,
     options: PrepareOptions,
     *,
+    prepared_from: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     workers: int | None = None,
 ) -> dict[str, Any]:
     """Writes the labels of the records under `source` to the file `out`; what was found, as `label_events`.
+
+    Args:
+        prepared_from: what prepared records say of the source whose `options` are theirs; it has to be this one.
 
     Raises:
         UserError: the source cannot be read, `out` is in the way, or there is nothing to label.
@@ -129,16 +134,29 @@ def label_source(
         raise UserError(f"{source}: no such file or folder; expected the records to label")
     if out.suffix != ".parquet":
         raise UserError(f"--out: expected a file that ends in .parquet, found {str(out)!r}")
+    if out.resolve().is_relative_to(source.resolve()):  # a source can be one file, which --overwrite would replace
+        raise UserError(f"--out {out}: is the source or lies inside it; name a file elsewhere")
     if out.is_dir() or (out.exists() and not overwrite):
         raise UserError(f"--out {out}: is there already; replace it with --overwrite, or name another")
-    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"--out {out}: lies inside the source; name a file elsewhere")
     report = progress or silent
     with _place_to_work(out) as scratch:
         report("indexing", 0, 1)
         events = open_source(source, scratch, options)
         report("indexing", 1, 1)
+        if prepared_from is not None:
+            report("comparing", 0, 1)
+            if not _is_prepared_from(prepared_from, events, source):
+                raise UserError(f"--data: was prepared from another source than {source}, or before that was changed")
+            report("comparing", 1, 1)
         return label_events(events, out, task, options, progress=report, workers=workers)
+
+
+def _is_prepared_from(prepared: Mapping[str, Any], events: EventSource, source: Path) -> bool:
+    """Whether the files are the same, by number and content; the folder may have been moved."""
+    if prepared.get("files") != len(events.files):
+        return False
+    with reading(events.files, events.files, source if source.is_dir() else source.parent) as digested:
+        return fingerprint(digested.result()) == prepared.get("sha256")
 
 
 @contextmanager

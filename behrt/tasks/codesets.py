@@ -70,12 +70,13 @@ class CodeSets(Mapping[str, tuple[str, ...]]):
 
     def names_of(self, code: str) -> tuple[str, ...]:
         """The names of the sets that a code belongs to, in their order."""
-        code = _canonical(code)
-        found = set(self._codes.get(code, ()))
-        for length in self._lengths:
-            if length > len(code):
-                break
-            found.update(self._prefixes.get(code[:length], ()))
+        found: set[str] = set()
+        for written in {code, _canonical(code)}:  # as it is, too: a prefix may end above the system, as `DIAGNOSIS//*`
+            found.update(self._codes.get(written, ()))
+            for length in self._lengths:
+                if length > len(written):
+                    break
+                found.update(self._prefixes.get(written[:length], ()))
         return tuple(name for name in self._sets if name in found) if found else ()
 
     def occurrences(self, events: pl.DataFrame) -> pl.DataFrame:

@@ -62,7 +62,13 @@ def _candidates(found: Timelines, options: TaskOptions) -> pl.DataFrame:
         chosen = found.stays.select("subject_id", "died", prediction_time=moment, until="end")
         chosen = chosen.with_columns(died=pl.lit(False))  # death later in the stay is no reason not to predict
     else:
-        chosen = found.visits.select("subject_id", no_end, prediction_time="end", died=pl.lit(False))
+        deadly = found.stays.filter("died").select("subject_id", stop="end")
+        deadly = found.visits.join(deadly, on="subject_id").filter(pl.col("stop").is_between("begin", "end"))
+        deadly = deadly.select("subject_id", "visit", died=pl.lit(True)).unique()
+        visits = found.visits.join(deadly, on=["subject_id", "visit"], how="left")
+        died = pl.col("died").fill_null(False)
+        # of two visits that end at once, the one that says so
+        chosen = visits.select("subject_id", no_end, died, prediction_time="end").sort("died", descending=True)
     return chosen.select("subject_id", "prediction_time", "until", "died").unique(key, keep="first").sort(key)
 
 

@@ -23,6 +23,7 @@ def phenotypes(found: Timelines, options: PhenotypingOptions, sets: CodeSets) ->
     """Labels `subject_id`, `prediction_time`, `boolean_value`, `categorical_value` (the name of the set)."""
     at, counts = moments(found, options)
     pairs = around(at, sets.occurrences(found.events), list(sets), options)
+    pairs = pairs.with_columns(pl.coalesce("until", "closes").alias("closes"))
     # to the end of a stay everybody is observed, who was there
     whole = pl.col("until").is_not_null() | (pl.col("observed") >= pl.col("closes"))
     known = pairs.filter(whole)

@@ -58,6 +58,22 @@ class TaskOptions(Settings):
             raise ValueError("--at last-visit and --by only work together: give both or neither")
         return self
 
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> Self:
+        for name, reason in self._idle().items():
+            if name in self.model_fields_set:
+                raise ValueError(f"--{name.replace('_', '-')} has no effect {reason}; leave it out")
+        return self
+
+    def _idle(self) -> dict[str, str]:
+        """The fields that have no effect beside the others, and because of what."""
+        idle = {}
+        if self.at != "each-admission":
+            idle["hours"] = "without --at each-admission"
+        if self.at != "one-visit":
+            idle["seed"] = "without --at one-visit"
+        return idle
+
 
 class ReadmissionOptions(TaskOptions):
     """Of `readmission`: at the end of each stay.
@@ -76,6 +92,12 @@ class ReadmissionOptions(TaskOptions):
     gap: Literal[0] = 0
     observed_until: date | Literal["last-event", "always"] = "always"
     planned: tuple[str, ...] = ()
+
+    def _idle(self) -> dict[str, str]:
+        idle = super()._idle()
+        if self.stays == "visits":
+            idle["planned"] = "with --stays visits, which have no code of admission"
+        return idle
 
 
 class DiseaseOptions(TaskOptions):
@@ -120,3 +142,9 @@ class PhenotypingOptions(TaskOptions):
     where: ClassVar[str] = "labels phenotyping"
 
     at: Moment = "each-admission"
+
+    def _idle(self) -> dict[str, str]:
+        idle = super()._idle()
+        if self.at == "each-admission":
+            idle |= dict.fromkeys(("horizon", "observed_until"), "with --at each-admission, the rest of a stay")
+        return idle

@@ -22,8 +22,8 @@ from behrt.prepare_options import PrepareOptions
 ADMISSION, DISCHARGE = "ADMISSION", "DISCHARGE"
 """Codes of admissions and discharges, as the readers of tables write them, where the options name none."""
 
-DIED = r"(?i)\b(died|expired|deceased|dead)\b"
-"""In the code of a discharge, that it was a death."""
+DIED = r"(?i)(?:^|[^a-z])(?:died|expired|deceased|dead)(?:[^a-z]|$)"
+"""In the code of a discharge, that it was a death: a word between anything but letters, as in `DIED_IN_HOSPITAL`."""
 
 
 @dataclass(frozen=True)

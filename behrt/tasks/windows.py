@@ -36,9 +36,7 @@ def around(moments: pl.DataFrame, occurrences: pl.DataFrame, names: list[str], o
     at = pl.col("prediction_time")
     opens = days_after(at, options.gap)
     closes = days_after(at, options.gap + options.horizon)
-    pairs = moments.join(named, how="cross").with_columns(
-        opens.alias("opens"), pl.coalesce(pl.col("until"), closes).alias("closes")
-    )
+    pairs = moments.join(named, how="cross").with_columns(opens.alias("opens"), closes.alias("closes"))
     key = ["subject_id", "name"]
     first = occurrences.group_by(key).agg(pl.col("time").min().alias("first"))
     pairs = pairs.join(first, on=key, how="left", maintain_order="left").sort("opens")
