@@ -68,7 +68,7 @@ def startup_table(found: dict[str, Any]) -> str:
     rows = [[row["what"], *(f"{row[name]:.2f}" if name in row else "" for name in names)] for row in found["rows"]]
     head = ("seconds until", "wall, median", "wall, least", "processor, median", "processor, least")
     return f"""`experiments/throughput/startup.py measure --data DIR`, on prepared synpuf-meds. Stages are those of
-real trainings, watched from outside until their first step.
+real trainings, watched from outside until their first step. Measured apart from the above, like what follows.
 
 {table(head, rows)}"""
 
