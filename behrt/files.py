@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +218,36 @@ def read_json(path: Path, *, missing: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: is damaged; expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def clear_spills(out: Path, command: str, place: str) -> None:
+    """Removes the folders of `spill_beside` that processes which were killed have left.
+
+    Args:
+        command: that may be at work there.
+        place: what `out` is, a file or a folder.
+
+    Raises:
+        UserError: a process that is alive writes to `out`.
+    """
+    for left in remains_beside(out, "spill"):
+        if is_locked(left):
+            raise UserError(f"--out {out}: another {command} is writing there; wait for it, or name another {place}")
+        shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def spill_beside(out: Path) -> Iterator[Path]:
+    """A folder beside `out` for what is not kept: private, locked, and removed at the end.
+
+    Raises:
+        UserError: there is no writing there.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        spill = tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".spill", dir=out.parent)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written beside: {error.strerror}") from None
+    with spill as folder, ExitStack() as stack:
+        stack.callback(FolderLock(Path(folder)).release)  # as long as it is held, this process is alive
+        yield Path(folder)

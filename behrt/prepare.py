@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ import pyarrow as pa
 from behrt.cohort import COHORT_FILES
 from behrt.config import UserError, resolved
 from behrt.events import SPLITS, EventSource
-from behrt.files import FolderLock, finish_after_a_kill, is_locked, remains_beside, replacing_folder, write_json
+from behrt.files import clear_spills, finish_after_a_kill, replacing_folder, spill_beside, write_json
 from behrt.fingerprint import SourceFile, fingerprint, reading
 from behrt.parallel import default_workers, in_order
 from behrt.parts import Part, PartNumber, is_part, join, load_part, read_info, save_part
@@ -162,10 +161,7 @@ def _clear_remains(out: Path) -> None:
     Raises:
         UserError: a process that is alive prepares into `out`.
     """
-    for spill in remains_beside(out, "spill"):
-        if is_locked(spill):
-            raise UserError(f"--out {out}: another behrt prepare is writing there; wait for it, or name another folder")
-        shutil.rmtree(spill, ignore_errors=True)
+    clear_spills(out, "behrt prepare", "folder")
     finish_after_a_kill(out)
 
 
@@ -179,14 +175,8 @@ def _place_to_work(out: Path, sources: Sequence[Path], overwrite: bool) -> Itera
     """A folder beside `out` for what is spilled, private, locked, and removed at the end."""
     _clear_remains(out)
     _check_places(sources, out, overwrite)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        spill = tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".spill", dir=out.parent)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written beside: {error.strerror}") from None
-    with spill as scratch, ExitStack() as stack:
-        stack.callback(FolderLock(Path(scratch)).release)  # as long as it is held, this process is alive
-        yield Path(scratch)
+    with spill_beside(out) as scratch:
+        yield scratch
 
 
 def _check_places(sources: Sequence[Path], out: Path, overwrite: bool) -> None:

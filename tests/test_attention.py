@@ -105,6 +105,20 @@ def test_a_kernel_for_patients_end_to_end_is_told_where_each_begins(
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
+def test_first_and_last_tokens_ask_their_own_patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_end_to_end", told_where_each_begins)
+    query, key, value, counts, _ = random_case(LENGTHS["uneven"], 1.0)
+    ends = counts.cumsum(0)
+    asking = torch.cat([ends - counts, ends - 1]).unique()
+    expected = one_at_a_time(query, key, value, counts, asking, heads=2)
+    for patients in (
+        PatientRuns.of(counts, heads=2, longest=50, device=CPU),
+        PatientGroups.of(counts, heads=2, device=CPU),
+    ):
+        found = attend(query[asking], key, value, patients.asking(asking))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
 def across_patients(query, key, value, *bounds_and_longest):
     q, k, v = (x.transpose(0, 1) for x in (query, key, value))
     return F.scaled_dot_product_attention(q, k, v).transpose(0, 1)

@@ -7,11 +7,9 @@ be made is counted once, as labelled or under the reason why not.
 from __future__ import annotations
 
 import math
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +19,7 @@ import polars as pl
 
 from behrt.config import UserError
 from behrt.events import EventSource, Shard
-from behrt.files import FolderLock, is_locked, remains_beside
+from behrt.files import clear_spills, remains_beside, spill_beside
 from behrt.fingerprint import fingerprint, reading
 from behrt.parallel import default_workers, in_order
 from behrt.prepare import open_source, silent
@@ -162,20 +160,11 @@ def _is_prepared_from(prepared: Mapping[str, Any], events: EventSource, source: 
 @contextmanager
 def _place_to_work(out: Path) -> Iterator[Path]:
     """A private folder beside `out` for converted tables; what a process that was killed has left there goes."""
-    for left in remains_beside(out, "spill"):
-        if is_locked(left):
-            raise UserError(f"--out {out}: another behrt labels is writing there; wait for it, or name another file")
-        shutil.rmtree(left, ignore_errors=True)
+    clear_spills(out, "behrt labels", "file")
     for left in remains_beside(out, "partial"):
         left.unlink(missing_ok=True)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        spill = tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".spill", dir=out.parent)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written beside: {error.strerror}") from None
-    with spill as scratch, ExitStack() as stack:
-        stack.callback(FolderLock(Path(scratch)).release)  # as long as it is held, this process is alive
-        yield Path(scratch)
+    with spill_beside(out) as scratch:
+        yield scratch
 
 
 def label_events(
