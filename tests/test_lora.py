@@ -115,6 +115,29 @@ def test_dropout_is_on_the_adapters_input_and_in_training_only():
     torch.testing.assert_close(layer.eval()(x), layer.base(x) + 12)
 
 
+@pytest.mark.parametrize("leading", [(7,), (2, 3)])
+def test_gradients_are_those_of_base_and_adapter_side_by_side(leading: tuple[int, ...]):
+    layer = LoRALinear(nn.Linear(6, 4), rank=2, alpha=3.0).double()
+    nn.init.normal_(layer.lora.B, generator=seeded())
+    layer.base.requires_grad_(False)
+    x = torch.randn(*leading, 6, dtype=torch.float64, generator=seeded(1), requires_grad=True)
+    beside = layer.base(x) + 1.5 * x @ layer.lora.A.T @ layer.lora.B.T
+    direction = torch.randn(beside.shape, dtype=torch.float64, generator=seeded(2))
+    wanted = [x, layer.lora.A, layer.lora.B]
+    expected = torch.autograd.grad((beside * direction).sum(), wanted)
+    torch.testing.assert_close(torch.autograd.grad((layer(x) * direction).sum(), wanted), expected)
+
+
+def test_in_lower_precision_base_and_adapter_are_summed_before_they_are_rounded():
+    layer = LoRALinear(nn.Linear(64, 64, bias=False), rank=4, alpha=8.0)
+    nn.init.normal_(layer.lora.B, std=0.1, generator=seeded())
+    layer.base.requires_grad_(False)
+    weight = (layer.base.weight + 2 * layer.lora.B @ layer.lora.A).bfloat16()
+    x = torch.eye(64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), weight.T)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_adapters_take_the_mode_of_the_layers_they_sit_on(training: bool):
     model = plain().train(training)
