@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Self, overload
 import numpy as np
 import numpy.typing as npt
 
+from behrt.config import SELECTED_SHARE
 from behrt.masking import Stream, mask_tokens, stream
 from behrt.sequences import PreparedSplit
 from behrt.vocabulary import PAD
@@ -315,6 +316,7 @@ class TrainingBatches:
         batch_size: patients per optimizer step; the last step of an epoch may have fewer.
         accumulation_steps: micro-batches that a step is divided into.
         max_position: longest sequence; `row_length` (at least as long) is the width of the rows.
+        mlm_probability: share of the ordinary tokens that are selected.
     """
 
     def __init__(
@@ -328,6 +330,7 @@ class TrainingBatches:
         row_length: int,
         vocab_size: int,
         seed: int,
+        mlm_probability: float = SELECTED_SHARE,
     ) -> None:
         assert row_length >= max_position
         self._split = split
@@ -338,6 +341,7 @@ class TrainingBatches:
         self._row_length = row_length
         self._vocab_size = vocab_size
         self._seed = seed
+        self._mlm_probability = mlm_probability
 
     @property
     def steps_per_epoch(self) -> int:
@@ -355,7 +359,13 @@ class TrainingBatches:
             masks = stream(self._seed, Stream.TRAINING_MASKS, epoch, step)
             sequences, _ = cut(gather(self._split, patients), self._max_position, windows)
             masked = MaskedSequences(
-                sequences, *mask_tokens(sequences.codes, vocab_size=self._vocab_size, generator=masks)
+                sequences,
+                *mask_tokens(
+                    sequences.codes,
+                    vocab_size=self._vocab_size,
+                    generator=masks,
+                    selected_share=self._mlm_probability,
+                ),
             )
             parts = min(accumulation_steps, len(patients))
             bounds = np.linspace(0, len(patients), parts + 1).round().astype(int).tolist()

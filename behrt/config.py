@@ -322,6 +322,9 @@ class TrainingSettings(Section):
     table_rate: float = Field(
         default=1.0, gt=0, le=1000, description="rate of tables, decoder, biases and norms, as a multiple of lr"
     )
+    mlm_probability: float = Field(
+        default=SELECTED_SHARE, gt=0, le=0.5, description="share of the codes to guess in training"
+    )
     weight_decay: float = Field(default=0.01, ge=0)
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1, description="share of all steps")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -74,7 +74,7 @@ class Adapter(nn.Module):
         dropped = self.training and self.dropout > 0
         if dropped or any(parameter.requires_grad for parameter in base.parameters()):
             thin = F.linear(drop(x, self.dropout) if dropped else x, self.A) * self.scaling  # scaled where it is thin
-            result = base(x).flatten(0, -2).addmm(thin.flatten(0, -2), self.B.T)
+            result: Tensor = base(x).flatten(0, -2).addmm(thin.flatten(0, -2), self.B.T)
         else:
             result = _Folded.apply(x.flatten(0, -2), base.weight, base.bias, self.A, self.B, self.scaling)  # type: ignore[no-untyped-call]
         return result.view(*x.shape[:-1], -1)
@@ -99,7 +99,7 @@ class _Folded(torch.autograd.Function):
             return F.linear(x, folded, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         x, folded, A, B = ctx.saved_tensors
         for_x = gradient @ folded if ctx.needs_input_grad[0] else None

@@ -50,7 +50,11 @@ def torch_seed(seed: int, purpose: Stream, *place: int) -> int:
 
 
 def mask_tokens(
-    codes: npt.NDArray[np.int32], *, vocab_size: int, generator: np.random.Generator
+    codes: npt.NDArray[np.int32],
+    *,
+    vocab_size: int,
+    generator: np.random.Generator,
+    selected_share: float = SELECTED_SHARE,
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
     """Corrupts token ids of any shape.
 
@@ -58,11 +62,13 @@ def mask_tokens(
         codes: int32 ids; those below `FIRST_CODE` are special and stay.
         vocab_size: random replacements are drawn uniformly from `FIRST_CODE … vocab_size - 1`.
         generator: consumed; the caller decides whether masks are drawn anew or are the same again.
+        selected_share: of the ordinary tokens. Training may learn from more than 15% (Wettig et al., 2023, "Should You
+            Mask 15% in Masked Language Modeling?"); what is evaluated keeps to it, so that losses compare.
 
     Returns:
         `shown`, int32 ids as the model sees them, and `scored`, bool, both of the shape of `codes`.
     """
-    scored = (codes >= FIRST_CODE) & (generator.random(codes.shape) < SELECTED_SHARE)
+    scored = (codes >= FIRST_CODE) & (generator.random(codes.shape) < selected_share)
     fate = generator.random(codes.shape)
     replacements = generator.integers(FIRST_CODE, vocab_size, size=codes.shape, dtype=np.int32)
     shown = np.where(scored & (fate < SHOWN_AS_MASK), np.int32(MASK), codes)

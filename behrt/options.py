@@ -87,6 +87,7 @@ training_options = options(
         "Learning rate (and decay) of tables, decoder, biases and norms, as a multiple of --lr.",
         type=float,
     ),
+    setting("mlm_probability", "Share of the codes to guess in training; evaluation keeps to 0.15.", type=float),
     setting("weight_decay", "Decoupled weight decay, on matrices only.", type=float),
     setting("warmup_fraction", "Share of all steps in which the learning rate rises.", type=float),
     setting("schedule", "How the learning rate falls.", type=click.Choice(["cosine", "linear", "constant"])),

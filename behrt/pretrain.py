@@ -180,6 +180,7 @@ def pretrain(
         row_length=records.row_length,
         vocab_size=len(records.data.vocabulary),
         seed=settings.training.seed,
+        mlm_probability=settings.training.mlm_probability,
     )
     baselines = records.baselines(model.config.vocab_size)
     run_folder = RunFolder(folder)

@@ -1,6 +1,7 @@
 """Do packed rows hold exactly the patients' sequences, each once an epoch, in a repeatable order?"""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def vocab_size(prepared: Path) -> int:
     return len(open_prepared(prepared).vocabulary)
 
 
-def training(split: PreparedSplit, vocab_size: int, **changes: int) -> TrainingBatches:
+def training(split: PreparedSplit, vocab_size: int, **changes: Any) -> TrainingBatches:
     settings = {"batch_size": 16, "accumulation_steps": 1, "max_position": MAX_POSITION, "row_length": 128, "seed": 0}
     return TrainingBatches(split, np.arange(len(split)), vocab_size=vocab_size, **{**settings, **changes})
 
@@ -82,6 +83,13 @@ def test_padding_is_marked_and_never_scored(split: PreparedSplit, vocab_size: in
     assert (batch.labels[padding] == IGNORED).all()
     assert (batch.codes[padding] == 0).all()
     assert batch.num_tokens == int((~padding).sum())
+
+
+def test_more_is_masked_of_the_same_windows_where_that_is_asked_for(split: PreparedSplit, vocab_size: int) -> None:
+    usual, more = (list(training(split, vocab_size, mlm_probability=share).epoch(1)) for share in (0.15, 0.45))
+    assert [unpack(step[0]) for step in more] == [unpack(step[0]) for step in usual]
+    scored = [sum(step[0].num_scored for step in steps) for steps in (usual, more)]
+    assert scored[1] == pytest.approx(3 * scored[0], rel=0.15)
 
 
 def test_order_and_masks_differ_between_epochs(split: PreparedSplit, vocab_size: int) -> None:

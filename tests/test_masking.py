@@ -29,6 +29,12 @@ def test_fifteen_percent_are_selected(masked: tuple[np.ndarray, np.ndarray]) -> 
     assert within(masked[1].mean(), 0.15, TOKENS)
 
 
+def test_training_may_select_another_share(codes: np.ndarray) -> None:
+    draws = np.random.default_rng(1)
+    _, scored = mask_tokens(codes, vocab_size=VOCAB_SIZE, generator=draws, selected_share=0.4)
+    assert within(scored.mean(), 0.4, TOKENS)
+
+
 def test_selected_tokens_are_shown_as_mask_random_and_themselves_in_80_10_10(
     codes: np.ndarray, masked: tuple[np.ndarray, np.ndarray]
 ) -> None:

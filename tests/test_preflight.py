@@ -76,11 +76,11 @@ class Patients:
 
 def batches(count: int = 60, *, seed: int = 0, batch_size: int = 16, **options: Any) -> TrainingBatches:
     """The training steps of made-up patients."""
-    accumulation = options.pop("accumulation_steps", 1)
+    accumulation, share = options.pop("accumulation_steps", 1), options.pop("mlm_probability", 0.15)
     return TrainingBatches(
         Patients(count, **options),  # type: ignore[arg-type]
         np.arange(count), batch_size=batch_size, accumulation_steps=accumulation, max_position=TINY.max_position,
-        row_length=64, vocab_size=VOCABULARY, seed=seed,
+        row_length=64, vocab_size=VOCABULARY, seed=seed, mlm_probability=share,
     )  # fmt: skip
 
 
@@ -691,7 +691,9 @@ def test_an_epoch_that_is_repeated_is_found() -> None:
     assert masks_change(steps.epoch(1), steps.epoch(1)) is False
 
 
-@pytest.mark.parametrize("options", [{}, {"batch_size": 200}, {"codes": 3}, {"accumulation_steps": 4}])
+@pytest.mark.parametrize(
+    "options", [{}, {"batch_size": 200}, {"codes": 3}, {"accumulation_steps": 4}, {"mlm_probability": 0.5}]
+)
 def test_masks_that_are_drawn_anew_always_count_as_changing(options: dict[str, Any]) -> None:
     for seed in range(20):
         steps = batches(200, seed=seed, **options)

@@ -179,10 +179,10 @@ def test_a_contender_is_followed_until_it_has_closed_its_share_or_used_up_its_se
     harness: dict[str, ModuleType],
 ) -> None:
     def losing(*losses: float) -> Any:
-        return harness["quality"].Course("a", {}, iter([(10.0, loss) for loss in losses]).__next__)
+        return harness["quality"].Course("a", {"epochs": 10}, iter([(10.0, loss) for loss in losses]).__next__)
 
     soon, late, never = losing(6.0, 4.0), losing(6.0, 5.5, 5.0, 4.1), losing(*[6.5] * 5)
-    harness["quality"].follow([soon, late, never], 6.0, 4.0, share=0.9, cap=50.0, epochs=10)
+    harness["quality"].follow([soon, late, never], 6.0, 4.0, share=0.9, cap=50.0)
     assert [course.reached(0.9) for course in (soon, late, never)] == [20.0, 40.0, None]
     assert never.curve[-1] == (50.0, -0.25)
 

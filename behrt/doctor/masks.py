@@ -17,10 +17,12 @@ from behrt.batches import IGNORED, PADDING_SEGMENT, PackedBatch
 TOKENS_TO_COMPARE = 60
 """Tokens of the same patients, selected in either of two epochs, that the comparison needs.
 
-Where masks are drawn anew, a token selected in either is selected in both with a probability of 8% (0.15²/(1 - 0.85²)),
-so that a third of 60 are in 1 of 10 million runs; where masks do not change all are, save those of different patients
-who look alike.
+Where masks are drawn anew, a token selected in either is selected in both with a probability of s²/(1 - (1 - s)²), 8%
+where the share s that is selected is 15%; where masks do not change all are, save those of different patients who look
+alike.
 """
+MORE_THAN_CHANCE = 0.3
+"""How much more often than that is more than chance: of 60 tokens, half of them selected, in 1 of a million runs."""
 MOST_PATIENTS = 4096
 """Patients of an epoch after which the search ends; with 500,000 training patients, 30 of these are met twice."""
 
@@ -32,7 +34,7 @@ def masks_change(first: Iterable[Sequence[PackedBatch]], second: Iterable[Sequen
     both epochs in turn, no more of them than it takes.
     """
     met: tuple[dict[bytes, Selected], dict[bytes, Selected]] = ({}, {})
-    either = both = 0
+    either = both = tokens = 0
     for steps in zip(first, second, strict=False):
         for step, patients, others in zip(steps, met, reversed(met), strict=True):
             for batch in step:
@@ -41,8 +43,10 @@ def masks_change(first: Iterable[Sequence[PackedBatch]], second: Iterable[Sequen
                     if patient in others:
                         either += int((selected | others[patient]).sum())
                         both += int((selected & others[patient]).sum())
+                        tokens += len(selected)
         if either >= TOKENS_TO_COMPARE:
-            return 3 * both < either
+            share = (either + both) / (2 * tokens)  # selected in one of the epochs
+            return both / either < share / (2 - share) + MORE_THAN_CHANCE
         if len(met[0]) >= MOST_PATIENTS:
             return None
     return None

@@ -186,6 +186,7 @@ def own_batches(settings: ExperimentSettings, records: Records) -> TrainingBatch
         max_position=records.max_position,
         row_length=records.row_length,
         vocab_size=len(records.data.vocabulary),
+        mlm_probability=settings.training.mlm_probability,
         seed=settings.training.seed,
     )
 
@@ -199,6 +200,7 @@ def padded_batches(settings: ExperimentSettings, records: Records, *, full_lengt
         max_position=records.max_position,
         vocab_size=len(records.data.vocabulary),
         seed=settings.training.seed,
+        mlm_probability=settings.training.mlm_probability,
         length=records.max_position if full_length else None,
     )
 

@@ -309,13 +309,20 @@ def equal(steps: int) -> None:
 @cli.command()
 @device_option
 @click.option(
-    "--cap", default=700.0, show_default=True, help="Seconds of training after which a contender is given up."
+    "--cap", default=500.0, show_default=True, help="Seconds of training after which a contender is given up."
 )
 @click.option("--share", default=0.9, show_default=True, help="Of the gap, to be closed.")
-@click.option("--adaptation", type=click.Choice(list(ADAPTATIONS)), default="full", show_default=True)
-@click.option("--lr", default=3e-4, show_default=True, help="Of `behrt`, as the next two.")
-@click.option("--table-rate", default=30.0, show_default=True)
-@click.option("--epochs", default=40, show_default=True)
+@click.option(
+    "--adaptation",
+    type=click.Choice(list(ADAPTATIONS)),
+    default="lora",
+    show_default=True,
+    help="Of `behrt`, as the next four.",
+)
+@click.option("--lr", default=3e-3, show_default=True)
+@click.option("--table-rate", default=3.0, show_default=True)
+@click.option("--mlm-probability", default=0.3, show_default=True)
+@click.option("--epochs", default=16, show_default=True)
 @click.option("--contender", "names", multiple=True, type=click.Choice(CONTENDERS), default=CONTENDERS)
 @click.option("--keep/--no-keep", default=True, help="Whether the result replaces that of before.")
 def quality(
@@ -325,6 +332,7 @@ def quality(
     adaptation: str,
     lr: float,
     table_rate: float,
+    mlm_probability: float,
     epochs: int,
     names: tuple[str, ...],
     keep: bool,
@@ -335,18 +343,24 @@ def quality(
 
     os.chdir(ROOT)
     # nobody stops early: the share and the seconds say when it is over
-    flags = {"lr": lr, "table_rate": table_rate, "epochs": epochs, "early_stopping_patience": 0}
+    flags = {
+        "lr": lr,
+        "table_rate": table_rate,
+        "mlm_probability": mlm_probability,
+        "epochs": epochs,
+        "early_stopping_patience": 0,
+    }
     settings = settings_for(flags, size="small", adaptation=adaptation, device=device)
     found = time_to_quality(settings, records_for(settings), torch.device(device), share=share, cap=cap, names=names)
     if not keep:
         click.echo(json.dumps(found["runs"]))
         return
-    save_results(quality={"adaptation": adaptation, **found})
+    save_results(quality=found)
     for run in found["runs"]:
-        about = {key: run[key] for key in ("contender", "lr", "schedule", "precision")}
+        about = {key: value for key, value in run.items() if key not in ("curve", "seconds")}
         reached = {} if run["seconds"] is None else {"seconds_to_quality": run["seconds"]}
         seconds, closed = (list(values) for values in zip(*run["curve"], strict=True))
-        name = f"quality {run['contender']} {run['lr']:g}"
+        name = f"quality {run['contender']} {run['adaptation']} {run['lr']:g}"
         track(name, {**about, "share": share, "cap": cap}, reached, {"seconds": seconds, "closed_gap": closed})
 
 

@@ -124,8 +124,10 @@ class PaddedBatches:
         max_position: int,
         vocab_size: int,
         seed: int,
+        mlm_probability: float,
         length: int | None,
     ) -> None:
+        self._mlm_probability = mlm_probability
         self._split, self._patients, self._batch_size = split, patients, batch_size
         self._max_position, self._vocab_size, self._seed, self._length = max_position, vocab_size, seed, length
 
@@ -143,7 +145,12 @@ class PaddedBatches:
             windows = stream(self._seed, Stream.WINDOWS, epoch, step)
             masks = stream(self._seed, Stream.TRAINING_MASKS, epoch, step)
             sequences, _ = cut(gather(self._split, patients), self._max_position, windows)
-            shown, scored = mask_tokens(sequences.codes, vocab_size=self._vocab_size, generator=masks)
+            shown, scored = mask_tokens(
+                sequences.codes,
+                vocab_size=self._vocab_size,
+                generator=masks,
+                selected_share=self._mlm_probability,
+            )
             yield [pad(MaskedSequences(sequences, shown, scored), self._length)]
 
 
