@@ -309,7 +309,7 @@ def equal(steps: int) -> None:
 @cli.command()
 @device_option
 @click.option(
-    "--cap", default=500.0, show_default=True, help="Seconds of training after which a contender is given up."
+    "--cap", default=420.0, show_default=True, help="Seconds of training after which a contender is given up."
 )
 @click.option("--share", default=0.9, show_default=True, help="Of the gap, to be closed.")
 @click.option(
@@ -321,7 +321,7 @@ def equal(steps: int) -> None:
 )
 @click.option("--lr", default=3e-3, show_default=True)
 @click.option("--table-rate", default=3.0, show_default=True)
-@click.option("--mlm-probability", default=0.3, show_default=True)
+@click.option("--mlm-probability", default=0.4, show_default=True)
 @click.option("--epochs", default=16, show_default=True)
 @click.option("--contender", "names", multiple=True, type=click.Choice(CONTENDERS), default=CONTENDERS)
 @click.option("--keep/--no-keep", default=True, help="Whether the result replaces that of before.")

@@ -46,10 +46,9 @@ class Recipe:
 
 RECIPES = (
     # BERT's pre-training: 1e-4, warmed up, decaying linearly (Devlin et al., 2019, A.2); 5e-5 is for fine-tuning
-    Recipe("hf", "full", 1e-4, "linear", customary=True),
     Recipe("hf", "lora", 1e-4, "linear", customary=True),
     Recipe("hf", "full", 1e-3, "linear"),
-    Recipe("hf", "lora", 3e-3, "linear", mlm_probability=0.3),
+    Recipe("hf", "lora", 3e-3, "linear", mlm_probability=0.4),
     Recipe("guide", "full", 1e-4, "constant", customary=True),  # the guide's starting point
     Recipe("guide", "full", 1e-3, "linear"),
 )
