@@ -65,7 +65,8 @@ class Examples:
     def seen_events(self) -> npt.NDArray[np.bool_]:
         """Of survival: whether the event was seen, bool [rows]."""
         assert self.kind == "survival"
-        return self.targets[:, 0] == 1
+        events: npt.NDArray[np.bool_] = self.targets[:, 0] == 1
+        return events
 
     def seen(self, row: int) -> npt.NDArray[np.bool_]:
         """Which tokens of the row's patient may be seen, bool [tokens of the patient]."""
