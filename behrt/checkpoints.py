@@ -323,7 +323,7 @@ def load_checkpoint(folder: Path, *, load_base: Callable[[Base], Checkpoint] | N
 
 def restore_checkpoint(
     folder: Path,
-    model: BEHRTForMaskedLM,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     *,
     load_base: Callable[[Base], Checkpoint] | None = None,

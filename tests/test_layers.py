@@ -30,7 +30,7 @@ LAYERS = (
         "tasks.features", "tasks.intervals", "tasks.metrics", "tasks.examples",
         "tasks.heads", "tasks.example_batches", "tasks.finetuned",
     ),
-    ("stopper", "run_report", "resume", "keeping", "pretrain", "finetune"),
+    ("stopper", "run_report", "resume", "keeping", "pretrain", "finetune", "embed"),
     (
         "sweep.space", "sweep.settings", "sweep.samplers", "sweep.trials", "sweep.storage", "sweep.liveness",
         "sweep.definitions", "sweep.study", "sweep.summary", "sweep.figures", "sweep.tracked", "sweep.trial",

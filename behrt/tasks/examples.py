@@ -170,8 +170,8 @@ def _wide(labels: Labels, names: tuple[str, ...]) -> pl.DataFrame:
     """A row a moment: `subject_id`, `prediction_time`, `target 0` … in the order of the names, and `days`."""
     key = ["subject_id", "prediction_time"]
     table = labels.table
-    if labels.kind == "moments":
-        return table.select(key)
+    if labels.kind not in PREDICTED:
+        return table.select(key).unique(maintain_order=True)
     if labels.kind == "multilabel":
         value = pl.col("boolean_value").cast(pl.Float32)
         of_name = [
