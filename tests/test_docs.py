@@ -30,6 +30,7 @@ SMALLER = {
     "train --data data/mine --use-lora": ["--epochs", "1"],
     "train experiments/the_fix": ["--epochs", "1", "--num-patients", "60", "--model-size", "small"],
     "train --preset a40": ["--epochs", "1", "--num-patients", "60", "--model-size", "small"],
+    "finetune --from experiments/behrt_small_mlm": ["--epochs", "1"],
     "sweep run sweeps/quick.yaml": ["--trials", "3", "--epochs", "1", "--num-patients", "60"],
 }
 
@@ -85,7 +86,7 @@ def test_the_commands_of_tasks_label_records(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "experiments" / "tasks", tmp_path / "experiments" / "tasks")
     with chdir(tmp_path):
         write_meds(Path("meds"), hospital_records())
-        (block,) = blocks("docs/tasks.md", "bash")
+        block, _ = blocks("docs/tasks.md", "bash")
         for words in commands([block]):
             run_smaller(["meds" if word == "SOURCE" else word for word in words])
             assert read_labels(Path(words[words.index("--out") + 1])).table.height

@@ -82,7 +82,7 @@ class Checkup:
         self.facts = facts
         self.diagnosis = Diagnosis("inconclusive", (), ())
         with tolerated("the diagnosis"):
-            self.diagnosis = diagnose(facts)
+            self.diagnosis = diagnose(self.facts)
         self.accepted = {(finding.rule, finding.severity) for finding in self.diagnosis.findings}
         self._told = set(self.accepted)
 

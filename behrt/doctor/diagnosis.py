@@ -8,7 +8,7 @@ from typing import Any
 
 from behrt.doctor.facts import RunFacts, completed
 from behrt.doctor.rule import SEVERITIES, Finding, Rule, Severity, Verdict, examine
-from behrt.doctor.rules import RULES
+from behrt.doctor.rules import RULES, TASK_RULES
 
 VERDICTS: tuple[Verdict, ...] = (
     "diverged",
@@ -83,7 +83,7 @@ def diagnose(facts: RunFacts) -> Diagnosis:
     """
     facts = completed(facts)
     findings, not_checked = [], []
-    for rule in RULES:
+    for rule in RULES if facts.task is None else TASK_RULES:
         if missing := missing_facts(rule, facts):
             not_checked.append(NotChecked(rule.id, missing))
         elif finding := examine(rule, facts):
