@@ -81,8 +81,8 @@ def patient_weights(
 ) -> Iterator[NDArray[np.float32]]:
     """The same draws of patients as `patient_bootstrap`, as how often each row is in them: [some draws, rows].
 
-    The first block is no draw: every row counts once there. Predictors that are asked in one pass see the same draws, so
-    that their differences are paired.
+    The first block is no draw: every row counts once there. Predictors that are asked in one pass see the same draws,
+    so that their differences are paired.
 
     >>> blocks = patient_weights(np.array([7, 7, 8]), generator=np.random.default_rng(0), draws=2)
     >>> np.concatenate(list(blocks)).tolist()

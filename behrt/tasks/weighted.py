@@ -61,7 +61,7 @@ def weighted_auprc(labels: Flags, scores: Numbers) -> OverDraws:
 def weighted_brier(labels: Flags, probabilities: Numbers) -> OverDraws:
     """Mean squared error of the probabilities."""
     errors = (probabilities.astype(np.float64) - labels) ** 2
-    return lambda weights: _ratio(weights @ errors, weights.sum(1, dtype=np.float64))
+    return lambda weights: _ratio(weights @ errors, weights.sum(1))
 
 
 def weighted_calibration_error(labels: Flags, probabilities: Numbers) -> OverDraws:
@@ -75,7 +75,7 @@ def weighted_calibration_error(labels: Flags, probabilities: Numbers) -> OverDra
 
 
 def weighted_f1(labels: Numbers, predicted: Flags, *, macro: bool) -> OverDraws:
-    """F1 of labels 0, 1 or NaN (not known) [rows, labels]: over all of them, or the mean over those that are true once."""
+    """F1 of labels 0, 1 or NaN (not known) [rows, labels]: over all, or the mean over labels that are true anywhere."""
     known = ~np.isnan(labels)
     positive = known & (np.nan_to_num(labels) > 0)
     hits = (positive & predicted).astype(np.float32)
