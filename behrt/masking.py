@@ -33,6 +33,8 @@ class Stream(IntEnum):
     TRAINING_SAMPLE_MASKS = 6
     ADAPTERS = 7
     DROPOUT = 8
+    LABELS = 9
+    HEAD = 10
 
 
 def stream(seed: int, purpose: Stream, *place: int) -> np.random.Generator:

@@ -27,7 +27,7 @@ LAYERS = (
     (
         "tasks.task_options", "tasks.codesets", "tasks.timelines", "tasks.moments", "tasks.windows", "tasks.labels",
         "tasks.readmission", "tasks.disease", "tasks.survival", "tasks.phenotyping", "tasks.building",
-        "tasks.features", "tasks.intervals", "tasks.metrics",
+        "tasks.features", "tasks.intervals", "tasks.metrics", "tasks.examples",
     ),
     ("stopper", "run_report", "resume", "keeping", "pretrain"),
     (
