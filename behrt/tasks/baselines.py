@@ -36,7 +36,9 @@ MOST_COX_ROWS = 20_000
 PENALTIES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 """C of the logistic regression, the inverse of its penalty."""
 LEAVES = (4, 16)
-MOST_TREES = 200
+TREES_AT_ONCE = 50
+"""Trees are added by so many, until tuning says that it was for nothing."""
+MOST_TREES = 400
 TREE_RATE = 0.1
 COX_STEPS = 30
 COX_L1_SHARE = 0.1
@@ -77,11 +79,13 @@ def history_of(examples: Examples, vocab_size: int) -> History:
         patient = int(examples.patients[row])
         codes, ages, visits = examples.split.sequence(patient)
         seen = examples.seen(row)
-        times = examples.split.times(patient)[seen]
-        own = codes[seen]
-        days = (times.max() - times.min()) / np.timedelta64(1, "D")
-        visited = np.unique(visits[seen])
-        numbers[row] = ages[seen].max(), len(own), (visited > 0).sum(), days / 365.25  # [CLS] is in visit 0
+        own, times = codes[seen], examples.split.times(patient)[seen]
+        lived = ages[seen] != 0  # some sources date the sex at the birth, where no history begins
+        if not lived.any():
+            lived[:] = True
+        visited = np.unique(visits[seen][lived])
+        years = np.ptp(times[lived]) / np.timedelta64(1, "D") / 365.25
+        numbers[row] = ages[seen].max(), len(own), (visited > 0).sum(), years  # [CLS] is in visit 0
         own = own[(own >= FIRST_CODE) | (own == UNK)]
         parts.append(own)
         lengths[row] = len(own)
@@ -279,39 +283,52 @@ def _trees(
 
     table = _Dense(history)
     seen, tuning_seen = table(history), table(tuning)
-
-    def fitted(leaves: int) -> Any:
-        model = HistGradientBoostingClassifier(
-            learning_rate=TREE_RATE, max_iter=MOST_TREES, max_leaf_nodes=leaves, early_stopping=False, random_state=0
-        )
-        return model.fit(seen, labels)
-
-    def losses(model: Any) -> Iterator[float]:
-        return (_log_loss(tuning_labels, stage[:, 1]) for stage in model.staged_predict_proba(tuning_seen))
-
-    model, trees, about = _best_boosting(fitted, losses, len(tuning))
+    model, trees, about = _boosted(
+        lambda leaves: HistGradientBoostingClassifier(
+            learning_rate=TREE_RATE, max_leaf_nodes=leaves, early_stopping=False, random_state=0, warm_start=True
+        ),
+        lambda model: model.fit(seen, labels),
+        lambda model: _log_loss(tuning_labels, model.predict_proba(tuning_seen)[:, 1]),
+        can_tune=len(tuning) > 0,
+    )
 
     def predict(rows: History) -> Matrix:
         if not len(rows):
             return np.zeros(0)
-        return np.asarray(next(islice(model.staged_predict_proba(table(rows)), trees - 1, None))[:, 1])
+        return np.asarray(_stage(model.staged_predict_proba(table(rows)), trees)[:, 1])
 
     return predict, about
 
 
-def _best_boosting(
-    fitted: Callable[[int], Any], losses: Callable[[Any], Iterator[float]], tuning_rows: int
+def _boosted(
+    begun: Callable[[int], Any], fit: Callable[[Any], Any], loss: Callable[[Any], float], *, can_tune: bool
 ) -> tuple[Any, int, str]:
-    """The model and the number of its trees with the lowest loss on tuning."""
-    if not tuning_rows:
-        return fitted(LEAVES[0]), MOST_TREES // 2, f"{MOST_TREES // 2} trees of {LEAVES[0]} leaves, nothing to tune on"
-    tried = []
+    """The model and the number of its trees of lowest loss on tuning, over sizes of trees.
+
+    Args:
+        begun: a model of trees with so many leaves, which goes on from the trees that it has.
+    """
+    best: tuple[float, Any, int, int] = (np.inf, None, 0, 0)
     for leaves in LEAVES:
-        model = fitted(leaves)
-        found = list(losses(model))
-        tried.append((min(found), leaves, int(np.argmin(found)) + 1, model))
-    _, leaves, trees, model = min(tried, key=lambda entry: entry[0])
+        model, lowest, at = begun(leaves), np.inf, 0
+        for trees in range(TREES_AT_ONCE, MOST_TREES + 1, TREES_AT_ONCE):
+            fit(model.set_params(max_iter=trees))
+            found = loss(model) if can_tune else -float(trees)
+            if found < lowest:
+                lowest, at = found, trees
+            elif can_tune:
+                break
+            if not can_tune and trees >= 2 * TREES_AT_ONCE:
+                break
+        if best[1] is None or lowest < best[0]:
+            best = (lowest, model, at, leaves)
+    _, model, trees, leaves = best
     return model, trees, f"{trees} trees of {leaves} leaves"
+
+
+def _stage(stages: Iterator[Any], trees: int) -> Any:
+    """What so many trees predict."""
+    return next(islice(stages, trees - 1, None))
 
 
 # --- survival
@@ -332,29 +349,26 @@ def _rate_trees(
     seen, tuning_seen = table(history), table(tuning_history)
     scale = days.sum() / events.sum()  # rates around 1
 
-    def fitted(leaves: int) -> Any:
-        model = HistGradientBoostingRegressor(
-            loss="poisson", learning_rate=TREE_RATE, max_iter=MOST_TREES, max_leaf_nodes=leaves, early_stopping=False,
-            random_state=0,
-        )  # fmt: skip
-        return model.fit(seen, scale * events / days, sample_weight=days / days.mean())
+    own = _days(tuning)
 
-    def losses(model: Any) -> Iterator[float]:
-        own = _days(tuning)
-        for stage in model.staged_predict(tuning_seen):
-            yield float(
-                mean_poisson_deviance(
-                    scale * tuning.seen_events / own, np.maximum(stage, 1e-9), sample_weight=own / own.mean()
-                )
-            )
+    def loss(model: Any) -> float:
+        rates = np.maximum(model.predict(tuning_seen), 1e-9)
+        return float(mean_poisson_deviance(scale * tuning.seen_events / own, rates, sample_weight=own / own.mean()))
 
-    model, trees, about = _best_boosting(fitted, losses, len(tuning))
+    model, trees, about = _boosted(
+        lambda leaves: HistGradientBoostingRegressor(
+            loss="poisson", learning_rate=TREE_RATE, max_leaf_nodes=leaves, early_stopping=False, random_state=0,
+            warm_start=True,
+        ),
+        lambda model: model.fit(seen, scale * events / days, sample_weight=days / days.mean()),
+        loss,
+        can_tune=len(tuning) > 0,
+    )  # fmt: skip
 
     def predict(rows: History) -> Matrix:
         if not len(rows):
             return np.zeros(0)
-        rates = np.asarray(next(islice(model.staged_predict(table(rows)), trees - 1, None)))
-        return np.asarray(np.log(np.maximum(rates, 1e-12)))
+        return np.asarray(np.log(np.maximum(_stage(model.staged_predict(table(rows)), trees), 1e-12)))
 
     return Baseline("boosted_trees", f"{about}, of the rate of events{note}", predict)
 

@@ -29,7 +29,7 @@ CELLS_AT_ONCE = 16_000_000
 
 def weighted_auroc(labels: Flags, scores: Numbers) -> OverDraws:
     """Area under the ROC curve; ties count half."""
-    order, starts, _ = _ranked(scores)
+    order, starts = _ranked(scores)
     positive = labels[order].astype(np.float32)
 
     def over(weights: Weights) -> NDArray[np.float64]:
@@ -44,7 +44,7 @@ def weighted_auroc(labels: Flags, scores: Numbers) -> OverDraws:
 
 def weighted_auprc(labels: Flags, scores: Numbers) -> OverDraws:
     """Average precision."""
-    order, starts, _ = _ranked(-scores)
+    order, starts = _ranked(-scores)
     positive = labels[order].astype(np.float32)
 
     def over(weights: Weights) -> NDArray[np.float64]:
@@ -159,12 +159,12 @@ def mean_over_labels(metrics: list[OverDraws], known: Flags) -> OverDraws:
     return over
 
 
-def _ranked(scores: Numbers) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+def _ranked(scores: Numbers) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The rows from the lowest score to the highest, and where each distinct score begins among them."""
     order = np.argsort(scores, kind="stable")
     ranked = scores[order]
     starts = np.flatnonzero(np.append(True, ranked[1:] != ranked[:-1])) if len(ranked) else np.zeros(0, np.int64)
-    return order, starts, len(starts)
+    return order, starts
 
 
 def _summed(values: Weights, starts: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -176,7 +176,8 @@ def _summed(values: Weights, starts: NDArray[np.int64]) -> NDArray[np.float64]:
 
 def _ratio(above: NDArray[Any], below: NDArray[Any]) -> NDArray[np.float64]:
     above, below = np.asarray(above, np.float64), np.asarray(below, np.float64)
-    return np.divide(above, below, out=np.full(below.shape, np.nan), where=below > 0)
+    found: NDArray[np.float64] = np.divide(above, below, out=np.full(below.shape, np.nan), where=below > 0)
+    return found
 
 
 def _mean_of_defined(scores: NDArray[Any]) -> NDArray[np.float64]:
