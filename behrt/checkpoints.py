@@ -24,7 +24,15 @@ from torch import nn
 
 from behrt.config import MAX_SEED, BEHRTConfig, UserError, refuse_what_is_no_file
 from behrt.files import read_json, replacing_folder, verify_checksums, write_checksums, write_json
-from behrt.lora import adapted_layers, load_adapter, merge_adapters, refuse_pickles, save_adapter
+from behrt.lora import (
+    adapted_layers,
+    frozen_sha256,
+    load_adapter,
+    merge_adapters,
+    refuse_pickles,
+    save_adapter,
+    train_only,
+)
 from behrt.model import BEHRTForMaskedLM
 from behrt.vocabulary import FIRST_CODE, Vocabulary
 
@@ -33,6 +41,8 @@ READABLE_VERSIONS = (1, 2)
 """Version 1 had no checksums."""
 
 CHECKSUMS_FILE = "SHA256SUMS"
+TRAINED_FILE = "trained.safetensors"
+"""What was trained of a fine-tuned model without adapters: all of it, or the head alone."""
 OPTIMIZER_FILE = "optimizer.safetensors"
 BEST_FILE = "best.safetensors"
 STATE_FILE = "training_state.json"
@@ -107,22 +117,26 @@ class Checkpoint:
 
 def save_checkpoint(
     folder: Path,
-    model: BEHRTForMaskedLM,
+    model: nn.Module,
     *,
     vocabulary: Vocabulary,
     epoch: int,
     base: Base,
+    task: Mapping[str, Any] | None = None,
     training: Training | None = None,
     former_to: Path | None = None,
 ) -> None:
     """Writes `folder`, whole or not at all; a former checkpoint there is replaced, or moved to `former_to`.
+
+    Args:
+        task: what a fine-tuned model predicts; of such a model, what was not trained is never written.
 
     Raises:
         OSError: the disk is full, above all; a former checkpoint is then as it was.
     """
     with replacing_folder(folder, former_to=former_to) as beside:
         try:
-            _write_weights(beside, model, vocabulary=vocabulary, epoch=epoch, base=base)
+            _write_weights(beside, model, vocabulary=vocabulary, epoch=epoch, base=base, task=task)
             write_checksums(beside, CHECKSUMS_FILE, [path for path in beside.iterdir() if path.is_file()])
             if training is not None:
                 _write_training(beside, model, training)
@@ -130,10 +144,22 @@ def save_checkpoint(
             raise OSError(f"{folder}: the checkpoint cannot be written: {error}") from None
 
 
-def _write_weights(folder: Path, model: BEHRTForMaskedLM, *, vocabulary: Vocabulary, epoch: int, base: Base) -> None:
+def _write_weights(
+    folder: Path,
+    model: nn.Module,
+    *,
+    vocabulary: Vocabulary,
+    epoch: int,
+    base: Base,
+    task: Mapping[str, Any] | None,
+) -> None:
     is_lora = bool(adapted_layers(model))
+    config = model.config
+    assert isinstance(config, BEHRTConfig)
     if is_lora:
         save_adapter(model, folder)
+    elif task is not None:
+        save_trained(model, folder)
     else:
         state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
@@ -145,13 +171,50 @@ def _write_weights(folder: Path, model: BEHRTForMaskedLM, *, vocabulary: Vocabul
             "format_version": FORMAT_VERSION,
             "epoch": epoch,
             "lora": is_lora,
-            "model": model.config.model_dump(),
+            "model": config.model_dump(),
             "base": asdict(base),
+            **({} if task is None else {"task": task}),
         },
     )
 
 
-def _write_training(folder: Path, model: BEHRTForMaskedLM, training: Training) -> None:
+def save_trained(model: nn.Module, folder: Path) -> None:
+    """Writes what is trained of a model without adapters, and the fingerprint of the rest."""
+    trained = {
+        name: parameter.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    save_file(trained, folder / TRAINED_FILE, metadata={"format": "pt", "frozen_sha256": frozen_sha256(model)})
+
+
+def holds_everything(folder: Path, model: nn.Module) -> bool:
+    """Whether `save_trained` wrote all parameters of such a model, so that no base is needed."""
+    return _load_tensors(folder / TRAINED_FILE).keys() == dict(model.named_parameters()).keys()
+
+
+def load_trained(model: nn.Module, folder: Path) -> None:
+    """Puts what `save_trained` wrote into a model that was built alike; these parameters are trained, the rest frozen.
+
+    Raises:
+        UserError: the file is missing or damaged, does not fit, or was trained over other frozen weights.
+    """
+    path = folder / TRAINED_FILE
+    tensors = _load_tensors(path)
+    parameters = dict(model.named_parameters())
+    if any(name not in parameters or parameters[name].shape != value.shape for name, value in tensors.items()):
+        raise UserError(f"{path}: its tensors do not fit the model that checkpoint.json describes")
+    train_only(model, [parameters[name] for name in tensors])
+    with safe_open(path, framework="pt") as handle:
+        sha256 = (handle.metadata() or {}).get("frozen_sha256")
+    if sha256 != frozen_sha256(model):
+        raise UserError(f"{folder}: was trained over other frozen weights than this model's; load it into its own base")
+    with torch.no_grad():
+        for name, value in tensors.items():
+            parameters[name].copy_(value)
+
+
+def _write_training(folder: Path, model: nn.Module, training: Training) -> None:
     written = [folder / OPTIMIZER_FILE, folder / STATE_FILE]
     save_file(_optimizer_tensors(training.optimizer, model), folder / OPTIMIZER_FILE)
     write_json(folder / STATE_FILE, training.state)
@@ -199,6 +262,40 @@ def read_base(folder: Path) -> Base:
     return base
 
 
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What `checkpoint.json` says.
+
+    Attributes:
+        task: what a fine-tuned model predicts; None of a pre-trained one.
+    """
+
+    config: BEHRTConfig
+    base: Base
+    epoch: int
+    is_lora: bool
+    task: dict[str, Any] | None
+
+
+def read_about(folder: Path) -> About:
+    """What a checkpoint says of itself, its files verified. Raises `UserError` where it is none, or damaged."""
+    about = _read_about(folder)
+    refuse_pickles(folder)
+    if about["format_version"] > 1:
+        verify_checksums(folder, CHECKSUMS_FILE)
+    try:
+        config = BEHRTConfig(**about["model"])
+        base = Base(**about["base"])
+        epoch, is_lora, task = about["epoch"], about["lora"], about.get("task")
+        if not (isinstance(epoch, int) and isinstance(is_lora, bool) and base.is_sound):
+            raise TypeError
+        if not (task is None or isinstance(task, dict)):
+            raise TypeError
+    except (KeyError, TypeError, UserError):
+        raise UserError(f"{folder / 'checkpoint.json'}: is damaged; choose another checkpoint") from None
+    return About(config=config, base=base, epoch=epoch, is_lora=is_lora, task=task)
+
+
 def load_checkpoint(folder: Path, *, load_base: Callable[[Base], Checkpoint] | None = None) -> Checkpoint:
     """The checkpoint in `folder`.
 
@@ -208,18 +305,10 @@ def load_checkpoint(folder: Path, *, load_base: Callable[[Base], Checkpoint] | N
     Raises:
         UserError: no checkpoint, a damaged one, or a base that is no longer what it was.
     """
-    about = _read_about(folder)
-    refuse_pickles(folder)
-    if about["format_version"] > 1:
-        verify_checksums(folder, CHECKSUMS_FILE)
-    try:
-        config = BEHRTConfig(**about["model"])
-        base = Base(**about["base"])
-        epoch, is_lora = about["epoch"], about["lora"]
-        if not (isinstance(epoch, int) and isinstance(is_lora, bool) and base.is_sound):
-            raise TypeError
-    except (KeyError, TypeError, UserError):
-        raise UserError(f"{folder / 'checkpoint.json'}: is damaged; choose another checkpoint") from None
+    about = read_about(folder)
+    if about.task is not None:
+        raise UserError(f"{folder}: is of a fine-tuned run, which predicts a task; name a pre-trained one")
+    config, base, epoch, is_lora = about.config, about.base, about.epoch, about.is_lora
     vocabulary = Vocabulary.load(folder / "vocabulary.json")
     if not is_lora:
         _refuse_another_shape(config, folder / "model.safetensors")  # before room is made for what it describes
@@ -234,7 +323,7 @@ def load_checkpoint(folder: Path, *, load_base: Callable[[Base], Checkpoint] | N
 
 def restore_checkpoint(
     folder: Path,
-    model: BEHRTForMaskedLM,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     *,
     load_base: Callable[[Base], Checkpoint] | None = None,

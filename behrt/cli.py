@@ -30,6 +30,7 @@ from behrt.exits import (
     RefusedRun,
     one_line,
 )
+from behrt.finetune_command import embed, finetune
 from behrt.labels_command import labels
 from behrt.options import (
     PATH,
@@ -187,6 +188,8 @@ def prepare(
 
 cli.add_command(labels)
 cli.add_command(train)
+cli.add_command(finetune)
+cli.add_command(embed)
 
 
 @cli.command()

@@ -365,6 +365,40 @@ class ExperimentSettings(Section):
         return {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
 
 
+class TaskSettings(Section):
+    """Section `task` of a fine-tuning: what is predicted, and from which run.
+
+    Attributes:
+        task: its name; what is predicted follows from the labels.
+        labels: a MEDS label file, or a folder of them.
+        from_run: the pre-trained run: its folder, a checkpoint folder, or its MLflow run id.
+        from_scratch: train an encoder of that run's shape from random weights instead.
+        gap: days before a prediction that are hidden.
+        max_labels: use only so many training labels, by the seed of the training.
+    """
+
+    task: str
+    labels: str
+    from_run: str
+    from_scratch: bool = False
+    gap: float = Field(default=0.0, ge=0, le=100_000)
+    class_weights: Literal["none", "balanced"] = "none"
+    max_labels: int | None = Field(default=None, ge=1, le=MAX_SEED)
+
+    @field_validator("task")
+    @classmethod
+    def _names_a_folder(cls, value: str) -> str:
+        if not EXPERIMENT_NAME.fullmatch(value):
+            raise ValueError("expected letters, digits, '.', '_' and '-'")
+        return value
+
+
+class FinetuneSettings(ExperimentSettings):
+    """All settings of one fine-tuning."""
+
+    task: TaskSettings
+
+
 SECTIONS: dict[str, type[Section]] = {
     "model": ModelSettings,
     "adaptation": AdaptationSettings,

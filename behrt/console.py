@@ -111,7 +111,7 @@ class TerminalListener(Listener):
             f"  training   {settings.training.epochs} epochs of {start.steps_per_epoch:,} steps, "
             f"lr {settings.training.lr:g}, on {start.device} in {start.precision}",
             f"  baselines  {baseline_summary(start)}",
-            f"  context    {context_summary(start.baselines)}",
+            f"  context    {context_summary(start.baselines)}" if start.task is None else task_summary(start.task),
         ]
         if start.transplant is not None:
             given = start.transplant
@@ -122,7 +122,8 @@ class TerminalListener(Listener):
         self._print("\n".join(lines))
 
     def examined(self, checkup: Checkup) -> None:
-        self._print(f"  predicted  {prediction_summary(checkup.facts)}")
+        if self._start is None or self._start.task is None:
+            self._print(f"  predicted  {prediction_summary(checkup.facts)}")
         if checkup.diagnosis.findings:
             self._console.print(findings_table("Pre-flight", checkup.diagnosis.findings))
 
@@ -251,12 +252,24 @@ def parameter_summary(counts: ParameterCounts) -> str:
 def baseline_summary(start: RunStart) -> str:
     """The lines that the losses are read against."""
     baselines = start.baselines
+    if baselines.prevalence_loss is not None:
+        return f"the same prediction for everybody {baselines.prevalence_loss:.4f}"
     summary = f"chance {baselines.chance_loss:.4f}, unigram {baselines.unigram_loss:.4f}"
     if baselines.copying_loss is not None:
         summary += f", with copying {baselines.copying_loss:.4f}"
     if baselines.floor_loss is not None:
         summary += f", floor {baselines.floor_loss:.4f} (accuracy {baselines.floor_accuracy:.4f})"
     return summary
+
+
+def task_summary(task: Mapping[str, Any]) -> str:
+    """What is predicted, and from how many labels."""
+    labels, share = task["labels"], task["true_share"]["train"]
+    seen = "events" if task["kind"] == "survival" else "true"
+    return (
+        f"  task       {task['name']} ({task['kind']}): {labels['train']:,} training and {labels['tuning']:,} tuning "
+        f"labels, {share:.1%} {seen}"
+    )
 
 
 def context_summary(baselines: Baselines) -> str:
@@ -282,7 +295,11 @@ def result_lines(result: RunResult) -> list[str]:
             f"accuracy {result.best.val_accuracy:.4f}, in {result.seconds:.0f} s",
             f"  {baseline_summary(start)}",
         ]
-        if result.best.val_loss >= (start.baselines.copying_loss or start.baselines.unigram_loss):
+        if start.task is not None:
+            lines += [f"  {name.replace('_', '-')} on tuning {value:.3f}" for name, value in result.tuning.items()]
+            if result.best.val_loss >= (start.baselines.prevalence_loss or 0):
+                lines.append("  not below the same prediction for everybody: nothing was learned")
+        elif result.best.val_loss >= (start.baselines.copying_loss or start.baselines.unigram_loss):
             lines.append("  not below what counting and copying codes reaches: nothing else was learned yet")
         elif result.closed_gap is not None:
             lines.append(f"  {result.closed_gap:.1%} of the gap between unigram and floor is closed")

@@ -52,6 +52,8 @@ class Baselines:
         cooccurrence_gain, cooccurrence_gain_low, cooccurrence_gain_high: what that counting gains on the frequencies
             at `[MASK]`, and its 95% limits; with few validation patients over training patients as well, and then not
             the difference of the two losses.
+        prevalence_loss, prevalence_accuracy: of a task, whose other lines are NaN: of a prediction that is the same for
+            everybody, the share (of survival: the hazards) among the training labels.
     """
 
     chance_loss: float
@@ -66,6 +68,8 @@ class Baselines:
     cooccurrence_gain: float | None = None
     cooccurrence_gain_low: float | None = None
     cooccurrence_gain_high: float | None = None
+    prevalence_loss: float | None = None
+    prevalence_accuracy: float | None = None
 
     def figures(self) -> dict[str, float]:
         """The known ones by name; a mean over no tokens is not known."""

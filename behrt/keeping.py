@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from behrt.batches import PackedBatch
+from torch import nn
+
 from behrt.checkpoints import load_checkpoint
 from behrt.config import UserError
 from behrt.feeder import Feeder
 from behrt.history import EpochRecord, RunFolder
-from behrt.model import BEHRTForMaskedLM
 from behrt.resume import Attempt, TrainingState, best_of, find_attempt, go_on, history_of, state_to_keep
 from behrt.run_report import RunStart
 from behrt.runs import load_base_again
@@ -45,7 +46,7 @@ class Keeper:
     ) -> None:
         self.epochs: list[EpochRecord] = []
         self.recoveries = 0
-        self.trainer: Trainer[PackedBatch] | None = None
+        self.trainer: Trainer[Any] | None = None
         self._folder = run_folder
         self._start = start
         self._save = save
@@ -62,7 +63,7 @@ class Keeper:
     def best(self) -> Path:
         return self._folder.checkpoints / "best"
 
-    def begin(self, attempt: Attempt | None, model: BEHRTForMaskedLM) -> None:
+    def begin(self, attempt: Attempt | None, model: nn.Module) -> None:
         """Stands where the attempt was cut off; without one, keeps the untrained model."""
         assert self.trainer is not None
         if attempt is None or attempt.checkpoint is None:
@@ -78,7 +79,7 @@ class Keeper:
         self._keep_best_again(model)
         self._folder.set_history(self.epochs)
 
-    def _keep_best_again(self, model: BEHRTForMaskedLM) -> None:
+    def _keep_best_again(self, model: nn.Module) -> None:
         """Writes the best checkpoint anew where the one that is there is another epoch's, or damaged."""
         best = best_of(self.epochs)
         if best is None:
@@ -166,7 +167,7 @@ class Keeper:
         allowed = self._start.settings.training.recover and self.recoveries < MOST_RECOVERIES
         return allowed and not record.is_finite
 
-    def recover(self, model: BEHRTForMaskedLM) -> EpochRecord | None:
+    def recover(self, model: nn.Module) -> EpochRecord | None:
         """Goes back to the last checkpoint, with a tenth of the learning rate; the last epoch that is done there."""
         assert self.trainer is not None
         attempt = find_attempt(self._folder.path, self._start.settings)

@@ -30,6 +30,7 @@ REFERENCE_LINES: dict[str, tuple[str, str, LineStyleType]] = {
     "chance": ("chance", "0.55", ":"),
     "unigram": ("unigram", "0.35", "-."),
     "copying": ("with copying", "0.35", (0, (1, 1))),
+    "prevalence": ("prevalence", "0.35", "-."),
     "floor": ("floor", "C2", "-"),
 }
 """Label, colour and line style of each baseline."""
@@ -63,9 +64,14 @@ def draw_curves(history: History, baselines: Baselines, folder: Path, *, title: 
         "chance": baselines.chance_loss,
         "unigram": baselines.unigram_loss,
         "copying": baselines.copying_loss,
+        "prevalence": baselines.prevalence_loss,
         "floor": baselines.floor_loss,
     }
-    accuracy_lines = {"unigram": baselines.unigram_accuracy, "floor": baselines.floor_accuracy}
+    accuracy_lines = {
+        "unigram": baselines.unigram_accuracy,
+        "prevalence": baselines.prevalence_accuracy,
+        "floor": baselines.floor_accuracy,
+    }
     return [
         _draw(history, "loss", loss_lines, folder / "loss_curve.png", title=title),
         _draw(history, "accuracy", accuracy_lines, folder / "accuracy_curve.png", title=title),

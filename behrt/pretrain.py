@@ -208,7 +208,7 @@ def pretrain(
         )
         with stopper.held():
             key, former, feeder = _begin(start, run_folder, attempt, changes)
-        run_id = _wait_for_run(start, run_folder, former, feeder)
+        run_id = wait_for_run(start, run_folder, former, feeder)
         start = replace(start, key=key, run_id=run_id)
         batches: dict[str, Any] = {
             "steps": steps,
@@ -220,8 +220,8 @@ def pretrain(
         save = partial(save_checkpoint, vocabulary=records.data.vocabulary, base=base)
         result = RunResult(start=start, model=model, checkup=Checkup(RunFacts(finished=False)))
         keeper = Keeper(run_folder, start, save=save, feeder=feeder, stopper=stopper)
-        with _ending(result, run_folder, feeder, started, stopper):
-            _write_run(result, run_folder, feeder, status="RUNNING")
+        with ending(result, run_folder, feeder, started, stopper):
+            write_run(result, run_folder, feeder, status="RUNNING")
             listener.started(start)
             model.to(device)
             with tolerated("the pre-flight"):
@@ -230,7 +230,7 @@ def pretrain(
                     settings, records, baselines, transplanted, vocab_size=model.config.vocab_size, probed=probed
                 )
                 result.checkup = Checkup(facts)
-            _log_diagnosis(result, run_folder, feeder)
+            log_diagnosis(result, run_folder, feeder)
             listener.examined(result.checkup)
             if result.diagnosis.of_severity("error") and not force:
                 result.refused = True
@@ -244,14 +244,14 @@ def pretrain(
                 settings=settings.training,
                 on_step=listener.step,
                 pause=keeper.pause,
-                on_memory=partial(_tell_of_memory, result, feeder, listener),
+                on_memory=partial(tell_of_memory, result, feeder, listener),
             )
             keeper.trainer = trainer
             keeper.begin(attempt, model)
             stopper.at_pauses()
             if attempt is not None:
                 _tell_again(attempt, changes, result, run_folder, listener)
-            _train(trainer, keeper, result, run_folder, feeder, listener)
+            train_epochs(trainer, keeper, result, run_folder, feeder, listener)
     finally:
         run_folder.release()
     return result
@@ -315,7 +315,7 @@ def _begin(
                 "resolved.precision": start.precision,
             },
             tags=tags,
-            figures=_figures_of_start(start),
+            figures=figures_of_start(start),
             dataset=start.dataset,
         )
         run_folder.begin(experiment_yaml(settings))
@@ -324,7 +324,7 @@ def _begin(
     return record.key, former, feeder
 
 
-def _wait_for_run(start: RunStart, run_folder: RunFolder, former: TrackingRecord | None, feeder: Feeder) -> str | None:
+def wait_for_run(start: RunStart, run_folder: RunFolder, former: TrackingRecord | None, feeder: Feeder) -> str | None:
     """MLflow's id of the run, if it comes in time.
 
     Raises:
@@ -357,7 +357,7 @@ def _former_record(run_folder: RunFolder, attempt: Attempt | None) -> TrackingRe
     return new_record(experiment=attempt.state.experiment, params=attempt.settings.flat(), key=attempt.state.key)
 
 
-def _figures_of_start(start: RunStart) -> dict[str, float]:
+def figures_of_start(start: RunStart) -> dict[str, float]:
     """What MLflow is told once per run."""
     counts = start.counts
     return {
@@ -371,7 +371,7 @@ def _figures_of_start(start: RunStart) -> dict[str, float]:
     }
 
 
-def _tell_of_memory(result: RunResult, feeder: Feeder, listener: Listener, accumulation_steps: int) -> None:
+def tell_of_memory(result: RunResult, feeder: Feeder, listener: Listener, accumulation_steps: int) -> None:
     """Memory ran out, and the training goes on in smaller micro-batches."""
     result.accumulation_steps = accumulation_steps
     feeder.tag({"accumulation_steps": f"{accumulation_steps} (memory ran out)"})
@@ -393,8 +393,8 @@ def _tell_again(
         listener.went_on(attempt.epochs)
 
 
-def _train(
-    trainer: Trainer[PackedBatch],
+def train_epochs(
+    trainer: Trainer[Any],
     keeper: Keeper,
     result: RunResult,
     run_folder: RunFolder,
@@ -421,13 +421,13 @@ def _train(
             result.best = record
         before = checkup.diagnosis
         new = checkup.update(run_folder.history)
-        _write_run(result, run_folder, feeder, status="RUNNING")
+        write_run(result, run_folder, feeder, status="RUNNING")
         feeder.changed()
         listener.epoch(record)
         for finding in new:
             listener.found(finding)
         if new or checkup.diagnosis.verdict != before.verdict:
-            _log_diagnosis(result, run_folder, feeder)
+            log_diagnosis(result, run_folder, feeder)
         if _ends(record, trainer, result, listener):
             return
         if start.trial is None and (begun := time.perf_counter()) > next_plot:
@@ -452,7 +452,7 @@ def _time_of_next_plot(begun: float, done: float) -> float:
     return done + max(SECONDS_BETWEEN_PLOTS, (done - begun) / PLOTS_SHARE)
 
 
-def _ends(record: EpochRecord, trainer: Trainer[PackedBatch], result: RunResult, listener: Listener) -> bool:
+def _ends(record: EpochRecord, trainer: Trainer[Any], result: RunResult, listener: Listener) -> bool:
     """Whether the doctor or the listener ends the run after this epoch."""
     stop_on = result.start.settings.training.stop_on
     if stop_on != "never":
@@ -462,14 +462,14 @@ def _ends(record: EpochRecord, trainer: Trainer[PackedBatch], result: RunResult,
     return result.lost_to is not None or result.pruned
 
 
-def _log_diagnosis(result: RunResult, run_folder: RunFolder, feeder: Feeder) -> None:
+def log_diagnosis(result: RunResult, run_folder: RunFolder, feeder: Feeder) -> None:
     """The diagnosis so far, on disk and as the tags by which runs are filtered."""
     with tolerated("writing the diagnosis"):
         run_folder.write_diagnosis(result.diagnosis.as_dict(), markdown(result.diagnosis))
         feeder.tag({"diagnosis": result.diagnosis.verdict, "severity": result.diagnosis.severity})
 
 
-def _write_run(result: RunResult, run_folder: RunFolder, feeder: Feeder, *, status: str | None = None) -> None:
+def write_run(result: RunResult, run_folder: RunFolder, feeder: Feeder, *, status: str | None = None) -> None:
     """`run.json` as things stand."""
     result.run_id = feeder.run_id or result.run_id
     result.tracking_complete = feeder.is_complete
@@ -477,7 +477,7 @@ def _write_run(result: RunResult, run_folder: RunFolder, feeder: Feeder, *, stat
 
 
 @contextmanager
-def _ending(
+def ending(
     result: RunResult, run_folder: RunFolder, feeder: Feeder, started: float, stopper: Stopper
 ) -> Iterator[None]:
     """However a run ends, its folder and its MLflow run say how, with everything it has produced."""
@@ -503,7 +503,7 @@ def _ending(
         else:
             feeder.finish(silence=SECONDS_OF_SILENCE)
         with tolerated("writing run.json"):
-            _write_run(result, run_folder, feeder)
+            write_run(result, run_folder, feeder)
 
 
 def _keep_end(result: RunResult, run_folder: RunFolder, feeder: Feeder) -> None:
@@ -511,7 +511,7 @@ def _keep_end(result: RunResult, run_folder: RunFolder, feeder: Feeder) -> None:
     start = result.start
     if not (result.refused or result.pruned):
         result.checkup.update(run_folder.history, finished=True, stopped_early=result.stopped_early)
-    _log_diagnosis(result, run_folder, feeder)
+    log_diagnosis(result, run_folder, feeder)
     if run_folder.history and start.trial is None:  # a trial's curves are the coordinator's to draw
         with tolerated("drawing the curves"):
             draw_curves(run_folder.history, start.baselines, run_folder.plots, title=start.experiment)
@@ -524,7 +524,7 @@ def _keep_end(result: RunResult, run_folder: RunFolder, feeder: Feeder) -> None:
     result.status = status
     if status == "FINISHED":
         shutil.rmtree(run_folder.checkpoints / "previous", ignore_errors=True)
-    _write_run(result, run_folder, feeder)
+    write_run(result, run_folder, feeder)
     feeder.update(status=status, ended=now())
 
 

@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from behrt.batches import PackedBatch
+from torch import nn
+
 from behrt.checkpoints import (
     STATE_FILE,
     Training,
@@ -28,7 +29,6 @@ from behrt.checkpoints import (
 from behrt.config import ExperimentSettings, TrainingSettings, UserError, build_settings, load_experiment
 from behrt.feeding import MIRRORS, RESUME_ARTIFACTS, TrackingRecord, new_record
 from behrt.history import EPOCH_FIGURES, EpochRecord, RunFolder, finite
-from behrt.model import BEHRTForMaskedLM
 from behrt.runs import find_local_run, is_run_id, load_base_again
 from behrt.tracking import download_artifacts, shown_uri
 from behrt.trainer import EarlyStopping, Position, Trainer, learning_rate_at
@@ -347,7 +347,7 @@ def best_of(epochs: Sequence[EpochRecord]) -> EpochRecord | None:
     return next((record for record in reversed(epochs) if record.is_best), None)
 
 
-def state_to_keep(trainer: Trainer[PackedBatch], best: EpochRecord | None, state: TrainingState) -> Training:
+def state_to_keep(trainer: Trainer[Any], best: EpochRecord | None, state: TrainingState) -> Training:
     """What a checkpoint holds beside the weights, as the trainer stands now."""
     position = Position(**state.position)
     is_best_itself = best is not None and best.epoch == position.epoch - 1 and position.step == 0
@@ -355,7 +355,7 @@ def state_to_keep(trainer: Trainer[PackedBatch], best: EpochRecord | None, state
     return Training(optimizer=trainer.optimizer, best_weights=best_weights, state=state.as_dict())
 
 
-def go_on(attempt: Attempt, model: BEHRTForMaskedLM, trainer: Trainer[PackedBatch]) -> None:
+def go_on(attempt: Attempt, model: nn.Module, trainer: Trainer[Any]) -> None:
     """Puts model and trainer to where the attempt's checkpoint was saved."""
     assert attempt.checkpoint is not None
     assert attempt.state is not None

@@ -6,7 +6,7 @@ The same for every recipe. A `Listener` hears it as it happens; a `RunResult` is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from behrt.history import Baselines, EpochRecord, finite
 from behrt.metrics import closed_gap
 from behrt.model import BEHRTForMaskedLM
 from behrt.parameters import ParameterCounts
+from behrt.tasks.heads import BEHRTForTask
 from behrt.tracking import RunStatus, shown_uri
 
 
@@ -83,6 +84,7 @@ class RunStart:
         key: the run's own id.
         run_id: MLflow's id of it; None where MLflow did not answer in time.
         dataset: `name` and `digest` of the prepared records.
+        task: of a fine-tuning, what is predicted, and how many labels there are.
     """
 
     experiment: str
@@ -102,6 +104,7 @@ class RunStart:
     transplant: Transplant | None
     truncated_share: float
     trial: StudyTrial | None = None
+    task: Mapping[str, Any] | None = None
 
 
 @dataclass(kw_only=True)
@@ -116,10 +119,11 @@ class RunResult:
         run_id: MLflow's id of the run, as soon as it is known.
         accumulation_steps: micro-batches of a step, doubled wherever memory ran out.
         recoveries: how often the run went back to a checkpoint because a loss was no number.
+        tuning: of a fine-tuning, how well the best weights order the tuning patients.
     """
 
     start: RunStart
-    model: BEHRTForMaskedLM
+    model: BEHRTForMaskedLM | BEHRTForTask
     checkup: Checkup
     status: RunStatus = "FAILED"
     refused: bool = False
@@ -134,6 +138,7 @@ class RunResult:
     run_id: str | None = None
     accumulation_steps: int | None = None
     recoveries: int = 0
+    tuning: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.run_id = self.run_id or self.start.run_id
@@ -199,4 +204,6 @@ class RunResult:
                 "settings": start.settings.model_dump(mode="json", exclude={"note"}),
             }
         )
+        if start.task is not None:
+            values |= finite({"task": dict(start.task), "tuning": self.tuning})
         return values

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,7 @@ def missing_facts(rule: Rule, facts: RunFacts) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def diagnose(facts: RunFacts) -> Diagnosis:
+def diagnose(facts: RunFacts, rules: Sequence[Rule] = RULES) -> Diagnosis:
     """Checks every rule whose facts are known.
 
     >>> from behrt.doctor.curves import Curve
@@ -83,7 +83,7 @@ def diagnose(facts: RunFacts) -> Diagnosis:
     """
     facts = completed(facts)
     findings, not_checked = [], []
-    for rule in RULES:
+    for rule in rules:
         if missing := missing_facts(rule, facts):
             not_checked.append(NotChecked(rule.id, missing))
         elif finding := examine(rule, facts):

@@ -65,7 +65,8 @@ class Examples:
     def seen_events(self) -> npt.NDArray[np.bool_]:
         """Of survival: whether the event was seen, bool [rows]."""
         assert self.kind == "survival"
-        return self.targets[:, 0] == 1
+        events: npt.NDArray[np.bool_] = self.targets[:, 0] == 1
+        return events
 
     def seen(self, row: int) -> npt.NDArray[np.bool_]:
         """Which tokens of the row's patient may be seen, bool [tokens of the patient]."""
@@ -169,8 +170,8 @@ def _wide(labels: Labels, names: tuple[str, ...]) -> pl.DataFrame:
     """A row a moment: `subject_id`, `prediction_time`, `target 0` … in the order of the names, and `days`."""
     key = ["subject_id", "prediction_time"]
     table = labels.table
-    if labels.kind == "moments":
-        return table.select(key)
+    if labels.kind not in PREDICTED:
+        return table.select(key).unique(maintain_order=True)
     if labels.kind == "multilabel":
         value = pl.col("boolean_value").cast(pl.Float32)
         of_name = [

@@ -1,0 +1,489 @@
+"""How is a pre-trained BEHRT taught to predict one clinical task, from labels to a tracked, finished run?
+
+The recipe of `behrt finetune`: labels joined to prepared records, the encoder of a pre-training run (or a fresh one of
+its shape), adapters and a head, the generic part of the pre-flight, then the loop that pre-training has, with the loss
+of the task.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from behrt.checkpoints import Base, Transplant, make_base, read_about, save_checkpoint
+from behrt.config import (
+    FLAGS,
+    SIZES,
+    BEHRTConfig,
+    FinetuneSettings,
+    UserError,
+    describe_validation_error,
+    experiment_yaml,
+    lay_over,
+)
+from behrt.devices import choose_device, choose_precision
+from behrt.doctor.checkup import Checkup, tolerated
+from behrt.doctor.facts import RunFacts
+from behrt.doctor.preflight import (
+    adapter_places,
+    first_scored_step,
+    gradient_pass,
+    one_patient,
+    untouched,
+    without_gradient,
+)
+from behrt.doctor.rules import TASK_RULES
+from behrt.feeder import Feeder
+from behrt.feeding import new_record
+from behrt.history import Baselines, RunFolder
+from behrt.keeping import Keeper
+from behrt.masking import FIXED_SEED, Stream, stream, torch_seed
+from behrt.parameters import apply_lora_to_behrt, count_parameters, set_trainable, silent_adapters
+from behrt.pretrain import (
+    adaptation_name,
+    ending,
+    figures_of_start,
+    log_diagnosis,
+    tell_of_memory,
+    train_epochs,
+    wait_for_run,
+    write_run,
+)
+from behrt.run_report import Listener, RunResult, RunStart
+from behrt.runs import checkpoint_folder, is_run_id, load_base, name_base, run_id_of
+from behrt.sequences import PreparedData, open_prepared
+from behrt.stopper import Stopper
+from behrt.tasks.example_batches import ExampleLayout, ExampleSet, ExampleSteps
+from behrt.tasks.examples import Examples, LabelledRecords, read_examples
+from behrt.tasks.finetuned import TaskDescription, predict_logits
+from behrt.tasks.heads import (
+    BEHRTForTask,
+    balanced_weights,
+    hazard_log_odds,
+    interval_edges,
+    label_shares,
+    log_odds,
+    risk,
+)
+from behrt.tasks.metrics import auroc, harrell_c
+from behrt.tracking import PARENT_TAG
+from behrt.trainer import Trainer
+
+DEFAULTS: dict[str, Any] = {"epochs": 30, "batch_size": 32, "early_stopping_patience": 5}
+RATE, RATE_OF_ENCODER = 1e-3, 3e-4
+"""Learning rates of adapters and head, and of a whole encoder."""
+
+
+def finetune_settings(
+    *, task: str, labels: Path, run: str, data: Path, flags: Mapping[str, Any], **of_task: Any
+) -> FinetuneSettings:
+    """The settings of a fine-tuning: flags over what suits the mode, over the shape of the pre-trained model.
+
+    Three modes: adapters and head, embeddings and encoder frozen (the default on a pre-trained encoder); everything
+    (`--no-use-lora`, the default from scratch); the head alone (`--no-use-lora --freeze-base`).
+
+    Raises:
+        UserError: no such run, one that is fine-tuned already, or flags that do not go together.
+    """
+    shape = _pretrained_shape(run)
+    from_scratch = bool(of_task.get("from_scratch"))
+    use_lora = flags.get("use_lora", not from_scratch)
+    head_only = not use_lora and flags.get("freeze_base", False)
+    if not use_lora:
+        for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"):
+            if name in flags:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag}: has no effect with --no-use-lora; leave one of them out")
+    adaptation = {
+        "use_lora": use_lora,
+        "freeze_base": use_lora or head_only,
+        "train_embeddings": from_scratch or not (use_lora or head_only),
+        "init_from": None if from_scratch else run,
+    }
+    model = {**_size_of(shape), "max_position": shape.max_position, "dropout": shape.dropout}
+    rate = RATE if adaptation["freeze_base"] and not from_scratch else RATE_OF_ENCODER
+    nested: dict[str, Any] = {
+        "model": model,
+        "adaptation": adaptation,
+        "data": {"data": str(data)},
+        "training": {**DEFAULTS, "lr": rate},
+        "task": {"task": task, "labels": str(labels), "from_run": run, **of_task},
+    }
+    try:
+        settings = FinetuneSettings.model_validate(lay_over(nested, flags))
+    except ValidationError as error:
+        raise UserError(describe_validation_error(error, FinetuneSettings, FLAGS)) from None
+    if from_scratch and head_only:
+        raise UserError("--freeze-base: leaves a random encoder random, with --from-scratch; leave one of them out")
+    return settings
+
+
+def _pretrained_shape(run: str) -> BEHRTConfig:
+    try:
+        about = read_about(checkpoint_folder(run))
+    except UserError as error:
+        raise UserError(f"--from: {error}") from None
+    if about.task is not None:
+        raise UserError(f"--from: {run}: is a fine-tuned run; name the pre-trained one")
+    return about.config
+
+
+def _size_of(shape: BEHRTConfig) -> dict[str, Any]:
+    """The size with these dimensions, or what departs from the small one."""
+    dimensions = {name: getattr(shape, name) for name in SIZES["small"] if name != "max_position"}
+    for size, values in SIZES.items():
+        if all(values[name] == value for name, value in dimensions.items()):
+            return {"model_size": size}
+    return {"model_size": "small", **dimensions}
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """What a fine-tuning trains and stops on.
+
+    Attributes:
+        training: the training labels that are used.
+        sample: of them, as many as there are tuning labels at most: what `train_loss` is computed on.
+        counts: of the label file.
+    """
+
+    task: TaskDescription
+    training: Examples
+    sample: Examples
+    tuning: Examples
+    counts: Mapping[str, int]
+
+    def about(self) -> dict[str, Any]:
+        """Of the task, for people and for `run.json`."""
+        parts = {"train": self.training, "tuning": self.tuning}
+        return {
+            **self.task.as_dict(),
+            "labels": {name: len(part) for name, part in parts.items()},
+            "patients": {name: len(np.unique(part.patients)) for name, part in parts.items()},
+            "true_share": {name: _true_share(part) for name, part in parts.items()},
+            "dropped": {name: count for name, count in self.counts.items() if name != "rows"},
+        }
+
+
+def _true_share(examples: Examples) -> float:
+    return float(np.nanmean(examples.targets))
+
+
+def read_task_data(settings: FinetuneSettings, data: PreparedData) -> TaskData:
+    """The labels of training and tuning patients, and what is to be predicted.
+
+    Raises:
+        UserError: see `read_examples`; no labels of either split; labels that are all the same.
+    """
+    asked = settings.task
+    labels = Path(asked.labels)
+    found: LabelledRecords = read_examples(labels, data, gap=asked.gap)
+    for split in ("train", "tuning"):
+        if not len(found[split]):
+            raise UserError(f"--labels: {labels}: no row of a patient of the {split} split of {data.folder}")
+    training, tuning = found["train"], found["tuning"]
+    if asked.max_labels is not None:
+        training = training.subsample(asked.max_labels, seed=settings.training.seed)
+    known = training.targets[~np.isnan(training.targets)]
+    if training.kind != "survival" and len(np.unique(known)) < 2:
+        raise UserError(
+            f"--labels: {labels}: all {len(known)} training labels are the same; there is nothing to tell apart"
+        )
+    if training.kind == "survival" and not training.seen_events.any():
+        raise UserError(f"--labels: {labels}: no training patient has the event; there is nothing to learn from")
+    if training.kind == "survival" and asked.class_weights != "none":
+        raise UserError("--class-weights: survival has no classes; leave this out")
+    edges: list[float] = []
+    if training.kind == "survival":
+        assert training.days is not None
+        edges = interval_edges(training.days, training.seen_events)
+    weights = balanced_weights(training.targets).tolist() if asked.class_weights == "balanced" else []
+    task = TaskDescription(
+        name=asked.task,
+        kind=training.kind,
+        names=training.names,
+        gap=asked.gap,
+        edges=tuple(edges),
+        weights=tuple(map(tuple, weights)),
+    )
+    sample = training
+    if len(tuning) < len(training):
+        rows = stream(FIXED_SEED, Stream.TRAINING_SAMPLE).permutation(len(training))[: len(tuning)]
+        sample = training.take(np.sort(rows))
+    return TaskData(task, training, sample, tuning, found.counts)
+
+
+def first_scores(task: TaskDescription, training: Examples) -> list[float]:
+    """The scores that are the same for everybody and fit the training labels best: where the head begins."""
+    if task.kind == "survival":
+        assert training.days is not None
+        return hazard_log_odds(training.days, training.seen_events, task.edges)
+    if task.weights:
+        return [0.0] * task.outputs
+    return [float(value) for value in log_odds(label_shares(training.targets))]
+
+
+def build_task_model(
+    settings: FinetuneSettings, data: PreparedData, task: TaskDescription, scores: list[float]
+) -> tuple[BEHRTForTask, Base, Transplant | None]:
+    """The model that fine-tuning starts from, its adapters inserted and its trainability set.
+
+    Raises:
+        UserError: a run whose shape or codes do not fit, a rank or target that does not.
+    """
+    adaptation, seed = settings.adaptation, settings.training.seed
+    base = name_base(seed, adaptation.init_from)
+    config = settings.model.config(vocab_size=len(data.vocabulary))
+    masked, transplanted = make_base(config, data.vocabulary, base, load_base=load_base)
+    model = BEHRTForTask(
+        masked.behrt,
+        task.outputs,
+        bias=scores,
+        generator=torch.Generator().manual_seed(torch_seed(seed, Stream.HEAD)),
+    )
+    if adaptation.use_lora:
+        apply_lora_to_behrt(
+            model,
+            rank=adaptation.lora_rank,
+            alpha=adaptation.lora_alpha,
+            dropout=adaptation.lora_dropout,
+            targets=adaptation.lora_targets,
+            freeze_base=adaptation.freeze_base,
+            train_embeddings=adaptation.train_embeddings,
+            generator=torch.Generator().manual_seed(torch_seed(seed, Stream.ADAPTERS)),
+        )
+    else:
+        set_trainable(model, freeze_base=adaptation.freeze_base, train_embeddings=adaptation.train_embeddings)
+    return model, base, transplanted
+
+
+class SameForAll(nn.Module):
+    """Predicts the same of everybody: what a model is compared with."""
+
+    def __init__(self, scores: list[float]) -> None:
+        super().__init__()
+        self.scores = nn.Parameter(torch.tensor(scores))
+
+    def forward(self, codes: torch.Tensor, *inputs: Any, owners: torch.Tensor, **others: Any) -> torch.Tensor:
+        return self.scores.expand(int(owners.max()) + 1, -1)
+
+
+def task_baselines(task: TaskDescription, scores: list[float], tuning: ExampleSet) -> Baselines:
+    """The loss and accuracy on tuning of the scores that are the same for everybody."""
+    loss = correct = scored = 0.0
+    same = SameForAll(scores).eval()
+    with torch.inference_mode():
+        for batch in tuning:
+            sums = task.loss()(same, batch)
+            loss, scored = loss + float(sums.loss), scored + batch.num_scored
+            correct += float(sums.correct if sums.correct is not None else 0)
+    unknown = float("nan")
+    return Baselines(
+        chance_loss=unknown,
+        unigram_loss=unknown,
+        unigram_accuracy=unknown,
+        prevalence_loss=loss / scored,
+        prevalence_accuracy=correct / scored,
+    )
+
+
+def probe_task(
+    model: BEHRTForTask, task: TaskDescription, steps: ExampleSteps, settings: FinetuneSettings, **computing: Any
+) -> RunFacts:
+    """What can be found out of a fine-tuning before its first step: that gradients arrive and adapters act."""
+    missing, misplaced = adapter_places(model, settings.adaptation)
+    counts = count_parameters(model)
+    facts: dict[str, Any] = {
+        "finished": False,
+        "use_lora": settings.adaptation.use_lora,
+        "pretrained": settings.adaptation.init_from is not None,
+        "total_parameters": counts["total"],
+        "trainable_parameters": counts["trainable"],
+        "lora_parameters": counts["lora"],
+        "missing_adapters": missing,
+        "misplaced_adapters": misplaced,
+        "lr": settings.training.lr,
+        "epochs": settings.training.epochs,
+        "early_stopping_patience": settings.training.early_stopping_patience,
+        "dropout": settings.model.dropout,
+    }
+    device = computing["device"]
+    with untouched(model, device):
+        step: Any = first_scored_step(steps)  # type: ignore[arg-type]
+        if step is not None:
+            seen = gradient_pass(model, task.loss(), step, **computing)  # type: ignore[arg-type]
+            inputs = one_patient([batch.packed for batch in step])
+            facts |= {
+                "first_loss": seen.loss,
+                "without_gradient": without_gradient(model, seen),
+                "gradient_not_finite": tuple(sorted(seen.not_finite)),
+            }
+            if inputs is not None:
+                on_device = {name: value.to(device) for name, value in inputs.items()}
+                facts["silent_adapters"] = tuple(silent_adapters(model, on_device))
+    return RunFacts(**facts)
+
+
+def tuning_metrics(
+    task: TaskDescription, model: nn.Module, tuning: ExampleSet, device: torch.device
+) -> dict[str, float]:
+    """How well the model orders the tuning patients: `auroc` (mean over the names that have one), or `c_index`."""
+    logits, examples = predict_logits(model, tuning, device), tuning.examples
+    if task.kind == "survival":
+        assert examples.days is not None
+        return {"c_index": harrell_c(examples.seen_events, examples.days, risk(logits).numpy())}
+    found = []
+    for number in range(task.outputs):
+        known = ~np.isnan(examples.targets[:, number])
+        found.append(auroc(examples.targets[known, number] == 1, logits[torch.from_numpy(known), number].numpy()))
+    return {"auroc": float(np.nanmean(found)) if np.isfinite(found).any() else float("nan")}
+
+
+def parent_run_id(run: str) -> str | None:
+    """MLflow's id of the pre-training run; None where it never got one."""
+    return run if is_run_id(run) else run_id_of(checkpoint_folder(run).parent.parent)
+
+
+def finetune(
+    settings: FinetuneSettings,
+    *,
+    experiment: str,
+    folder: Path,
+    listener: Listener | None = None,
+    force: bool = False,
+    stopper: Stopper | None = None,
+) -> RunResult:
+    """Fine-tunes one model and leaves a finished run in `folder` and in MLflow.
+
+    Arguments, result and errors are those of `pretrain`; a run that was cut off is begun again.
+    """
+    listener, stopper = listener or Listener(), stopper or Stopper(listens=False)
+    started = time.perf_counter()
+    training = settings.training
+    device = choose_device(training.device)
+    precision = choose_precision(training.precision, device)
+    assert settings.data.data is not None
+    data = open_prepared(Path(settings.data.data))
+    for split in ("train", "tuning"):
+        data.split(split).check(len(data.vocabulary))
+    found = read_task_data(settings, data)
+    task, scores = found.task, first_scores(found.task, found.training)
+    model, base, transplanted = build_task_model(settings, data, task, scores)
+    layout = ExampleLayout(model.config.max_position)
+    steps = ExampleSteps(
+        found.training,
+        layout,
+        batch_size=training.batch_size,
+        accumulation_steps=training.accumulation_steps,
+        seed=training.seed,
+    )
+    tuning = ExampleSet(found.tuning, layout)
+    about = found.about()
+    run_folder = RunFolder(folder)
+    run_folder.claim()
+    try:
+        start = RunStart(
+            experiment=experiment,
+            folder=folder,
+            key="",
+            run_id=None,
+            dataset={"name": data.name, "digest": data.digest},
+            settings=settings,
+            device=device.type,
+            precision="bf16" if precision is torch.bfloat16 else "fp32",
+            max_position=model.config.max_position,
+            vocab_size=model.config.vocab_size,
+            patients=about["patients"],
+            steps_per_epoch=steps.steps_per_epoch,
+            baselines=task_baselines(task, scores, tuning),
+            counts=count_parameters(model),
+            transplant=transplanted,
+            truncated_share=float(
+                np.maximum(found.training.visible - model.config.max_position, 0).sum() / found.training.visible.sum()
+            ),
+            task=about,
+        )
+        with stopper.held():
+            key, feeder = _begin(start, settings, run_folder)
+        start = replace(start, key=key, run_id=wait_for_run(start, run_folder, None, feeder))
+        save = partial(save_checkpoint, vocabulary=data.vocabulary, base=base, task=task.as_dict())
+        result = RunResult(start=start, model=model, checkup=Checkup(RunFacts(finished=False), TASK_RULES))
+        keeper = Keeper(run_folder, start, save=save, feeder=feeder, stopper=stopper)
+        with ending(result, run_folder, feeder, started, stopper):
+            write_run(result, run_folder, feeder, status="RUNNING")
+            listener.started(start)
+            model.to(device)
+            with tolerated("the pre-flight"):
+                facts = probe_task(model, task, steps, settings, device=device, precision=precision)
+                result.checkup = Checkup(facts, TASK_RULES)
+            log_diagnosis(result, run_folder, feeder)
+            listener.examined(result.checkup)
+            if result.diagnosis.of_severity("error") and not force:
+                result.refused = True
+                return result
+            trainer = Trainer(
+                model,
+                task.loss(),
+                steps=steps,
+                train_evaluation=ExampleSet(found.sample, layout),
+                validation=tuning,
+                settings=training,
+                device=device,
+                precision=precision,
+                on_step=listener.step,
+                pause=keeper.pause,
+                on_memory=partial(tell_of_memory, result, feeder, listener),
+            )
+            keeper.trainer = trainer
+            keeper.begin(None, model)
+            stopper.at_pauses()
+            train_epochs(trainer, keeper, result, run_folder, feeder, listener)
+            if result.best is not None:
+                result.tuning = tuning_metrics(task, model, tuning, device)
+                feeder.add_figures({f"tuning_{name}": value for name, value in result.tuning.items()})
+    finally:
+        run_folder.release()
+    return result
+
+
+def _begin(start: RunStart, settings: FinetuneSettings, run_folder: RunFolder) -> tuple[str, Feeder]:
+    """Makes the folder the run's own, and begins to tell MLflow of it; its key, and what feeds it."""
+    parent = parent_run_id(settings.task.from_run)
+    record = new_record(
+        experiment=start.experiment,
+        params={
+            **settings.flat(),
+            "resolved.max_position": start.max_position,
+            "resolved.vocab_size": start.vocab_size,
+            "resolved.precision": start.precision,
+        },
+        tags={
+            "device": start.device,
+            "dataset": start.dataset["name"],
+            "size": settings.model.model_size,
+            "adaptation": mode_name(settings),
+            "task": settings.task.task,
+            "mlflow.source.name": "behrt finetune",
+            **({} if parent is None else {PARENT_TAG: parent}),
+        },
+        figures=figures_of_start(start),
+        dataset=start.dataset,
+    )
+    run_folder.begin(experiment_yaml(settings))
+    record.save(run_folder.path)
+    return record.key, Feeder(run_folder.path)
+
+
+def mode_name(settings: FinetuneSettings) -> str:
+    """The tag `adaptation`: as of pre-training, or `head_on_pretrained`."""
+    is_probe = settings.adaptation.freeze_base and not settings.adaptation.use_lora
+    return "head_on_pretrained" if is_probe else adaptation_name(settings)

@@ -1,0 +1,164 @@
+"""How does a person fine-tune a run for a task, and get a vector of each patient?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from behrt.config import EXPERIMENT_NAME, UserError
+from behrt.exits import LostRun, RefusedRun, one_line
+from behrt.imports import first_import
+from behrt.options import PATH, given, json_option, options, setting, training_options
+from behrt.train_command import reasons
+
+mode_options = options(
+    setting("dropout", "Dropout of encoder and head.  [default: the run's]", type=float),
+    click.option(
+        "--use-lora/--no-use-lora",
+        "use_lora",
+        default=None,
+        help="Train adapters and head; without, everything.  [default: yes; --from-scratch: no]",
+    ),
+    setting("lora_rank", "Rank of the adapters.", type=int),
+    setting("lora_alpha", "Adapters are scaled by alpha / rank.  [default: twice the rank]", type=float),
+    setting("lora_dropout", "Dropout on the adapters' inputs.", type=float),
+    setting("lora_targets", "Wrapped layers, comma-separated; also `feedforward`."),
+    click.option(
+        "--freeze-base/--no-freeze-base",
+        "freeze_base",
+        default=None,
+        help="Freeze the encoder's own weights; with --no-use-lora, train the head alone.  [default: with LoRA, yes]",
+    ),
+    click.option(
+        "--train-embeddings/--no-train-embeddings",
+        "train_embeddings",
+        default=None,
+        help="Train the embeddings.  [default: only with everything]",
+    ),
+)
+
+
+@click.command()
+@click.option("--from", "run", required=True, metavar="RUN", help="Pre-trained run: its folder or its MLflow run id.")
+@click.option("--task", required=True, metavar="NAME", help="What to call the task; the labels say what it is.")
+@click.option("--labels", type=PATH, required=True, help="Label file (`behrt labels`, or any in MEDS LabelSchema).")
+@click.option("--data", type=PATH, required=True, help="Prepared records of the labelled patients.")
+@click.option("--gap", type=float, default=None, help="Hide the last days before each prediction.  [default: 0]")
+@click.option(
+    "--class-weights",
+    type=click.Choice(["none", "balanced"]),
+    default=None,
+    help="Weigh true and false labels so that both count alike; probabilities are put right.  [default: none]",
+)
+@click.option("--max-labels", type=int, default=None, help="Use only so many training labels, by --seed.")
+@click.option("--from-scratch", is_flag=True, help="A random encoder of the run's shape instead of its weights.")
+@mode_options
+@training_options
+@click.option("--experiment", default=None, help="Name of the folder under experiments/ and in MLflow.")
+@click.option("--out", type=PATH, default=None, help="Another folder than experiments/NAME.")
+@click.option("--force", is_flag=True, help="Train even if the pre-flight finds that the run cannot learn.")
+@json_option
+def finetune(
+    run: str,
+    task: str,
+    labels: Path,
+    data: Path,
+    gap: float | None,
+    class_weights: str | None,
+    max_labels: int | None,
+    from_scratch: bool,
+    experiment: str | None,
+    out: Path | None,
+    force: bool,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Teach a pre-trained run to predict a task: adapters and a head, on labels of prepared records."""
+    of_task = {"gap": gap, "class_weights": class_weights, "max_labels": max_labels}
+    with first_import("torch"):
+        from behrt.console import TerminalListener, result_lines
+        from behrt.finetune import finetune as recipe
+        from behrt.finetune import finetune_settings
+        from behrt.stopper import Stopper
+        from behrt.sync import settle_dead
+        from behrt.terminal import stderr_console
+
+    settings = finetune_settings(
+        task=task, labels=labels, run=run, data=data, flags=given(flags), from_scratch=from_scratch,
+        **{name: value for name, value in of_task.items() if value is not None},
+    )  # fmt: skip
+    if settings.training.recover:
+        raise UserError("--recover: is for pre-training; a fine-tuning is short: leave it out")
+    if settings.training.compile:
+        raise UserError("--compile: is for long pre-trainings; leave it out")
+    name = experiment or (out.name if out is not None else f"behrt_{settings.model.model_size}_{task}")
+    if not EXPERIMENT_NAME.fullmatch(name):
+        raise UserError(f"--experiment: {name!r} is no folder name; use letters, digits, '.', '_' and '-'")
+    folder = out or Path("experiments") / name
+    console = stderr_console()
+    listener = TerminalListener(console)
+    settle_dead(folder)
+    stopper = Stopper(insists=True)
+    try:
+        with stopper.interrupting():
+            result = recipe(settings, experiment=name, folder=folder, listener=listener, force=force, stopper=stopper)
+    except OSError as error:  # a full disk, above all
+        if not listener.has_started:
+            raise
+        raise UserError(f"{one_line(error)}; make room, and fine-tune again") from error
+    finally:
+        stopper.close()
+        listener.stop()
+    console.print("\n".join(result_lines(result)), markup=False)
+    if as_json:
+        click.echo(json.dumps(result.as_dict()))
+    if result.refused:
+        raise RefusedRun(f"refused: {reasons(result.diagnosis.of_severity('error'))}; --force trains all the same")
+    if result.status == "FAILED":
+        lost_to = [result.lost_to] if result.lost_to else result.diagnosis.of_severity("error")
+        raise LostRun(f"ended after epoch {result.last.epoch if result.last else 0}: {reasons(lost_to)}")
+
+
+@click.command()
+@click.argument("run")
+@click.option("--data", type=PATH, required=True, help="Prepared records of the patients.")
+@click.option("--out", type=PATH, required=True, help="Parquet file to write.")
+@click.option("--labels", type=PATH, help="Label file whose prediction times count.  [default: the end of each record]")
+@click.option("--gap", type=float, default=0.0, help="Hide the last days before each prediction.  [default: 0]")
+@click.option(
+    "--split",
+    "splits",
+    multiple=True,
+    type=click.Choice(["train", "tuning", "held_out"]),
+    help="Only these patients; repeatable.",
+)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace OUT.")
+@json_option
+def embed(
+    run: str,
+    data: Path,
+    out: Path,
+    labels: Path | None,
+    gap: float,
+    splits: tuple[str, ...],
+    device: Any,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Write a vector of each patient at each prediction time, from any run, as a table."""
+    if out.exists() and not overwrite:
+        raise UserError(f"--out: {out}: is there already; name another file, or add --overwrite")
+    if gap and labels is None:
+        raise UserError("--gap: hides days before a prediction time; give these with --labels")
+    with first_import("torch"):
+        from behrt.devices import choose_device
+        from behrt.embed import write_embeddings
+
+    about = write_embeddings(run, data, out, labels=labels, gap=gap, splits=splits, device=choose_device(device))
+    click.echo(f"{about['rows']:,} vectors of {about['width']} numbers in {out}", err=True)
+    if as_json:
+        click.echo(json.dumps({"out": str(out), **about}))
