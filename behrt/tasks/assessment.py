@@ -293,6 +293,10 @@ class Subgroup:
     metrics: Mapping[str, Estimate] = field(default_factory=dict)
     calibration_error: Estimate | None = None
 
+    @property
+    def title(self) -> str:
+        return self.name if self.name.endswith("not known") else f"{self.group} {self.name}"
+
 
 def subgroups(
     examples: Examples,
