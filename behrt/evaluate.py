@@ -42,7 +42,7 @@ from behrt.tasks.assessment import (
     subgroups,
     verdict,
 )
-from behrt.tasks.baselines import Baseline, fit_baselines, history_of
+from behrt.tasks.baselines import Baseline, fit_baselines, history_of, threads_for
 from behrt.tasks.examples import Examples, read_examples
 from behrt.tasks.finetuned import Finetuned, load_finetuned, predict
 from behrt.tasks.intervals import DRAWS
@@ -111,11 +111,12 @@ def evaluate(
     }
     baselines: list[Baseline] = []
     if with_baselines and len(train):
-        baselines = fit_baselines(train, tuning, histories, progress=progress)
-        predictors += [
-            Predictor(name=each.name, scores=each.predict(histories["asked"]), tuning=each.predict(histories["tuning"]))
-            for each in baselines
-        ]
+        with threads_for(len(train)):
+            baselines = fit_baselines(train, tuning, histories, progress=progress)
+            asked, tuned = histories["asked"], histories["tuning"]
+            predictors += [
+                Predictor(name=each.name, scores=each.predict(asked), tuning=each.predict(tuned)) for each in baselines
+            ]
     best = _ceiling(prepared, label_file, examples, split, predictors[0])
     if best is not None:
         predictors.append(best[1])

@@ -262,11 +262,16 @@ def shown_difference(difference: Estimate) -> str:
 
 def may_be_told(examples: Examples, rows: NDArray[np.bool_] | None = None, names: Sequence[int] | None = None) -> bool:
     """Whether a group is large enough: patients, those who have an outcome in it, and those who have not."""
+    return min(_sizes(examples, rows, names)) >= FEWEST_PATIENTS
+
+
+def _sizes(examples: Examples, rows: NDArray[np.bool_] | None, names: Sequence[int] | None = None) -> tuple[int, ...]:
+    """Patients of a group, those with an outcome in it, and those without one."""
     rows = np.ones(len(examples), bool) if rows is None else rows
     targets = examples.targets[rows] if names is None else examples.targets[rows][:, list(names)]
     patients = examples.patients[rows]
     parts = (np.ones(len(patients), bool), (targets > 0).any(1), (targets == 0).any(1))
-    return all(len(np.unique(patients[part])) >= FEWEST_PATIENTS for part in parts)
+    return tuple(len(np.unique(patients[part])) for part in parts)
 
 
 def shown_names(examples: Examples) -> list[int]:
@@ -310,8 +315,8 @@ def subgroups(
 ) -> list[Subgroup]:
     """Every group that is large enough, and the names of the others.
 
-    Where what is left out of a group would follow from the total, because it is small, its smallest neighbour is left
-    out, too.
+    Where too few patients are in all groups together that are left out, they would follow from the total: then the
+    smallest of the others is left out, too.
 
     Args:
         groups: which rows are in it, by group and name.
@@ -347,11 +352,14 @@ def subgroups(
 
 
 def _told(examples: Examples, masks: Mapping[str, NDArray[np.bool_]]) -> list[str]:
-    patients = {name: len(np.unique(examples.patients[rows])) for name, rows in masks.items()}
-    told = sorted(
-        (name for name, rows in masks.items() if may_be_told(examples, rows)), key=lambda name: patients[name]
-    )
-    while told and 0 < sum(patients[name] for name in masks if name not in told) < FEWEST_PATIENTS:
+    """Names of the groups that may be told about, all of them together with the total."""
+    told = [name for name, rows in masks.items() if may_be_told(examples, rows)]
+    told.sort(key=lambda name: _sizes(examples, masks[name]))
+    while told:
+        others = [masks[name] for name in masks if name not in told]
+        left_out = _sizes(examples, np.any(others, axis=0)) if others else (0,)
+        if not any(0 < size < FEWEST_PATIENTS for size in left_out):
+            break
         told.pop(0)
     return told
 

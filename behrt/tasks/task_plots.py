@@ -32,8 +32,8 @@ RISK_GROUPS = ("lowest risk", "second quarter", "third quarter", "highest risk")
 DRAWS_OF_A_FIGURE = 300
 COLOURS = {
     name: RUN_COLOURS[place]
-    for place, name in enumerate((BEHRT, "logistic_regression", "boosted_trees", CEILING, "cox_regression"))
-} | {"prevalence": "0.55"}
+    for place, name in enumerate((BEHRT, "logistic_regression", "boosted_trees", "cox_regression"))
+} | {"prevalence": "0.55", CEILING: "C2"}
 
 
 def draw_evaluation(
@@ -151,7 +151,7 @@ def _calibration(axes: Axes, examples: Examples, predictors: Sequence[Predictor]
             bins_shown = f"{len(rows)} bins of about {int(np.median(rows))} rows"
             axes.errorbar(
                 mean, observed, yerr=[np.maximum(observed - low, 0), np.maximum(high - observed, 0)], marker="o",
-                markersize=4, capsize=2, label=f"{TITLES[BEHRT]}, {bins_shown}",
+                markersize=4, capsize=2, elinewidth=1, label=f"{TITLES[BEHRT]}, {bins_shown}",
                 **_style(predictor),
             )  # fmt: skip
             highest = max(highest, float(np.nanmax(high)))
