@@ -32,7 +32,7 @@ from behrt.config import (
 )
 from behrt.devices import choose_device, choose_precision
 from behrt.doctor.checkup import Checkup, tolerated
-from behrt.doctor.facts import RunFacts
+from behrt.doctor.facts import RunFacts, facts_from_settings
 from behrt.doctor.preflight import (
     adapter_places,
     first_scored_step,
@@ -41,7 +41,6 @@ from behrt.doctor.preflight import (
     untouched,
     without_gradient,
 )
-from behrt.doctor.rules import TASK_RULES
 from behrt.feeder import Feeder
 from behrt.feeding import new_record
 from behrt.history import Baselines, RunFolder
@@ -303,18 +302,13 @@ def probe_task(
     missing, misplaced = adapter_places(model, settings.adaptation)
     counts = count_parameters(model)
     facts: dict[str, Any] = {
+        **facts_from_settings(settings),
         "finished": False,
-        "use_lora": settings.adaptation.use_lora,
-        "pretrained": settings.adaptation.init_from is not None,
         "total_parameters": counts["total"],
         "trainable_parameters": counts["trainable"],
         "lora_parameters": counts["lora"],
         "missing_adapters": missing,
         "misplaced_adapters": misplaced,
-        "lr": settings.training.lr,
-        "epochs": settings.training.epochs,
-        "early_stopping_patience": settings.training.early_stopping_patience,
-        "dropout": settings.model.dropout,
     }
     device = computing["device"]
     with untouched(model, device):
@@ -416,7 +410,7 @@ def finetune(
             key, feeder = _begin(start, settings, run_folder)
         start = replace(start, key=key, run_id=wait_for_run(start, run_folder, None, feeder))
         save = partial(save_checkpoint, vocabulary=data.vocabulary, base=base, task=task.as_dict())
-        result = RunResult(start=start, model=model, checkup=Checkup(RunFacts(finished=False), TASK_RULES))
+        result = RunResult(start=start, model=model, checkup=Checkup(RunFacts(finished=False, task=task.name)))
         keeper = Keeper(run_folder, start, save=save, feeder=feeder, stopper=stopper)
         with ending(result, run_folder, feeder, started, stopper):
             write_run(result, run_folder, feeder, status="RUNNING")
@@ -424,7 +418,7 @@ def finetune(
             model.to(device)
             with tolerated("the pre-flight"):
                 facts = probe_task(model, task, steps, settings, device=device, precision=precision)
-                result.checkup = Checkup(facts, TASK_RULES)
+                result.checkup = Checkup(facts)
             log_diagnosis(result, run_folder, feeder)
             listener.examined(result.checkup)
             if result.diagnosis.of_severity("error") and not force:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
@@ -15,8 +15,7 @@ from behrt.config import ExperimentSettings
 from behrt.doctor.curves import curves_of_history
 from behrt.doctor.diagnosis import Diagnosis, diagnose
 from behrt.doctor.facts import FACT_NAMES, RunFacts, facts_from_settings
-from behrt.doctor.rule import SEVERITIES, Finding, Rule, Severity
-from behrt.doctor.rules import RULES
+from behrt.doctor.rule import SEVERITIES, Finding, Severity
 from behrt.history import Baselines
 from behrt.records import Records, draw_validation
 
@@ -79,12 +78,11 @@ class Checkup:
         accepted: what had been found before the training began, by rule and severity; it does not end the training.
     """
 
-    def __init__(self, facts: RunFacts, rules: Sequence[Rule] = RULES) -> None:
+    def __init__(self, facts: RunFacts) -> None:
         self.facts = facts
-        self._rules = rules
         self.diagnosis = Diagnosis("inconclusive", (), ())
         with tolerated("the diagnosis"):
-            self.diagnosis = diagnose(self.facts, self._rules)
+            self.diagnosis = diagnose(self.facts)
         self.accepted = {(finding.rule, finding.severity) for finding in self.diagnosis.findings}
         self._told = set(self.accepted)
 
@@ -93,7 +91,7 @@ class Checkup:
         assert facts.keys() <= {fact.name for fact in fields(RunFacts)}
         self.facts = replace(self.facts, curves=curves_of_history(history), **facts)
         with tolerated("the diagnosis"):
-            self.diagnosis = diagnose(self.facts, self._rules)
+            self.diagnosis = diagnose(self.facts)
         new = [finding for finding in self.diagnosis.findings if (finding.rule, finding.severity) not in self._told]
         self._told |= {(finding.rule, finding.severity) for finding in new}
         return new

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from behrt.doctor.facts import RunFacts, completed
 from behrt.doctor.rule import SEVERITIES, Finding, Rule, Severity, Verdict, examine
-from behrt.doctor.rules import RULES
+from behrt.doctor.rules import RULES, TASK_RULES
 
 VERDICTS: tuple[Verdict, ...] = (
     "diverged",
@@ -71,7 +71,7 @@ def missing_facts(rule: Rule, facts: RunFacts) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def diagnose(facts: RunFacts, rules: Sequence[Rule] = RULES) -> Diagnosis:
+def diagnose(facts: RunFacts) -> Diagnosis:
     """Checks every rule whose facts are known.
 
     >>> from behrt.doctor.curves import Curve
@@ -83,7 +83,7 @@ def diagnose(facts: RunFacts, rules: Sequence[Rule] = RULES) -> Diagnosis:
     """
     facts = completed(facts)
     findings, not_checked = [], []
-    for rule in rules:
+    for rule in RULES if facts.task is None else TASK_RULES:
         if missing := missing_facts(rule, facts):
             not_checked.append(NotChecked(rule.id, missing))
         elif finding := examine(rule, facts):

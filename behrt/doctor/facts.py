@@ -28,6 +28,7 @@ class RunFacts:
     Attributes:
         curves: by name, of `history.EPOCH_FIGURES` (`train_loss`, `val_accuracy`, `gradient_norm`, …).
         finished: whether the training is over, for whatever reason.
+        task: what a fine-tuning predicts; None of a pre-training.
         stopped_early: whether spent patience ended it.
 
         use_lora … max_position: settings of the run, named as in `config`.
@@ -61,6 +62,7 @@ class RunFacts:
 
     curves: Mapping[str, Curve] = field(default_factory=dict)
     finished: bool | None = None
+    task: str | None = None
     stopped_early: bool | None = None
 
     use_lora: bool | None = None
