@@ -30,8 +30,6 @@ from behrt.tasks.metrics import auroc
 from .conftest import Workspace
 from .small_records import BIRTH, day, events, write_meds
 
-EPOCHS = ["--epochs", "2", "--batch-size", "64"]
-
 
 def labels_of(workspace: Workspace, outcome: str) -> Path:
     return workspace.prepared.parent / "meds" / "labels" / f"{outcome}.parquet"
@@ -41,7 +39,7 @@ def finetune(workspace: Workspace, *options: str, outcome: str = "disease", run:
     with chdir(workspace.root):
         return main([
             "finetune", "--from", run, "--task", outcome, "--labels", str(labels_of(workspace, outcome)),
-            "--data", str(workspace.prepared), *EPOCHS, *options,
+            "--data", str(workspace.prepared), "--epochs", "1", "--batch-size", "64", *options,
         ])  # fmt: skip
 
 
@@ -63,7 +61,7 @@ def runs(workspace: Workspace) -> Runs:
     )
     two_names = two_names.filter(~((pl.col("categorical_value") == "disease") & (pl.col("subject_id") % 3 == 0)))
     write_labels(workspace.root / "both.parquet", [two_names], ("boolean_value", "categorical_value"))
-    assert finetune(workspace, "--experiment", "adapted", "--lr", "3e-3") == 0
+    assert finetune(workspace, "--experiment", "adapted", "--lr", "3e-3", "--epochs", "2") == 0
     assert finetune(workspace, "--experiment", "whole", "--no-use-lora", "--class-weights", "balanced") == 0
     assert finetune(workspace, "--experiment", "probe", "--no-use-lora", "--freeze-base") == 0
     assert finetune(workspace, "--experiment", "scratch", "--from-scratch", "--max-labels", "50", "--seed", "3") == 0

@@ -219,14 +219,15 @@ def interval_edges(
 ) -> list[float]:
     """Upper edges of the intervals, rising: quantiles of the times of the events, so that each holds about as many.
 
-    The first interval begins at 0, and the last edge is the latest event. Whoever lives on has survived all of them.
+    In whole days, rounded up: they travel with the model, and the exact ones are those of patients. The first interval
+    begins at 0, and no event is after the last edge. Whoever lives on has survived all of them.
 
     >>> interval_edges(np.arange(1, 9, dtype=np.float32), np.ones(8, bool), intervals=4)
     [2.0, 4.0, 6.0, 8.0]
     """
     assert events.any()
     quantiles = np.quantile(days[events], np.linspace(0, 1, intervals + 1)[1:], method="inverted_cdf")
-    return [float(edge) for edge in np.unique(quantiles)]
+    return [float(edge) for edge in np.unique(np.maximum(1, np.ceil(quantiles)))]
 
 
 def survived_and_died(days: Tensor, events: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
