@@ -20,6 +20,7 @@ import click
 
 from behrt import __version__
 from behrt.config import MAX_SEED, UserError, load_experiment
+from behrt.evaluate_command import evaluate
 from behrt.exits import (
     EXIT_INTERRUPTED,
     EXIT_LOST,
@@ -189,6 +190,7 @@ def prepare(
 cli.add_command(labels)
 cli.add_command(train)
 cli.add_command(finetune)
+cli.add_command(evaluate)
 cli.add_command(embed)
 
 

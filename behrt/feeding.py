@@ -243,9 +243,8 @@ class FolderFeed:
 
     def _send_points(self, fed: Fed, record: TrackingRecord, sent: Sent) -> None:
         """Once-per-run figures, and the epochs of the history; a value that is not finite has no place in MLflow."""
-        best_epoch = int(record.figures.get("best_epoch", 0))  # by which MLflow knows the latest of several bests
         points = [
-            RunPoint(name, value, record.started, best_epoch if name.startswith("best_") else 0)
+            RunPoint(name, value, record.started, step_of_figure(name, record.figures))
             for name, value in record.figures.items()
         ]
         points += epoch_points(self._folder, started=record.started)
@@ -348,7 +347,24 @@ def files_of(folder: Path) -> dict[str, Path]:
         for file in sorted(path.rglob("*"))
         if file.name not in TRAINING_FILES and not file.is_symlink()
     }
+    for file in sorted((folder / "evaluation").glob("*/*")):  # not their `predictions/`, which name patients
+        if file.suffix in (".json", ".md", ".png") and not file.is_symlink():
+            found[file.relative_to(folder).as_posix()] = file
     return {place: file for place, file in (named | found).items() if file.is_file()}
+
+
+def step_of_figure(name: str, figures: Mapping[str, float]) -> int:
+    """By which MLflow knows the latest of several values: of bests the epoch, of evaluations their count.
+
+    >>> step_of_figure("best_val_loss", {"best_epoch": 7.0}), step_of_figure("floor_loss", {"best_epoch": 7.0})
+    (7, 0)
+    >>> step_of_figure("held_out/auroc", {"held_out/evaluation": 2.0})
+    2
+    """
+    if name.startswith("best_"):
+        return int(figures.get("best_epoch", 0))
+    group, _, rest = name.partition("/")
+    return int(figures.get(f"{group}/evaluation", 0)) if rest else 0
 
 
 def epoch_points(folder: Path, *, started: int) -> list[RunPoint]:

@@ -1,8 +1,8 @@
 """What does a run leave in its experiment folder?
 
 `experiments/<name>/` holds the settings (`experiment.yaml`, committed) and, ignored by git, what the latest run left:
-`run.json`, `logs/metrics_history.json`, `plots/`, `checkpoints/`. This history is the source of truth; the tracking
-store is fed from it. A new run moves the former one to `earlier/<run id>/`: nothing is overwritten.
+`run.json`, `logs/metrics_history.json`, `plots/`, `checkpoints/`, `evaluation/`. This history is the source of truth;
+the tracking store is fed from it. A new run moves the former one to `earlier/<run id>/`: nothing is overwritten.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ EPOCH_FIGURES = (
 )
 """Figures of each epoch, under the names that the history and the tracking store share."""
 
-LEFT_BY_A_RUN = ("run.json", "logs", "plots", "checkpoints", "diagnosis.json", "diagnosis.md")
+LEFT_BY_A_RUN = ("run.json", "logs", "plots", "checkpoints", "evaluation", "diagnosis.json", "diagnosis.md")
 
 
 @dataclass(frozen=True)

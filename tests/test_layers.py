@@ -28,9 +28,11 @@ LAYERS = (
         "tasks.task_options", "tasks.codesets", "tasks.timelines", "tasks.moments", "tasks.windows", "tasks.labels",
         "tasks.readmission", "tasks.disease", "tasks.survival", "tasks.phenotyping", "tasks.building",
         "tasks.features", "tasks.intervals", "tasks.metrics", "tasks.examples",
-        "tasks.heads", "tasks.example_batches", "tasks.finetuned",
+        "tasks.heads", "tasks.example_batches", "tasks.finetuned", "tasks.weighted", "tasks.baselines",
+        "tasks.assessment", "tasks.predictions", "tasks.task_plots",
     ),
-    ("stopper", "run_report", "resume", "keeping", "pretrain", "finetune", "embed"),
+    ("stopper", "run_report", "resume", "keeping", "pretrain", "finetune", "embed",
+     "evaluation_report", "evaluate"),
     (
         "sweep.space", "sweep.settings", "sweep.samplers", "sweep.trials", "sweep.storage", "sweep.liveness",
         "sweep.definitions", "sweep.study", "sweep.summary", "sweep.figures", "sweep.tracked", "sweep.trial",
@@ -38,7 +40,7 @@ LAYERS = (
     ),
     (
         "exits", "options", "terminal", "console", "sweep_console", "sweep_commands", "train_command", "labels_command",
-        "finetune_command", "cli", "__main__",
+        "finetune_command", "evaluate_command", "cli", "__main__",
     ),
 )  # fmt: skip
 ORDER = [module for layer in LAYERS for module in layer]
