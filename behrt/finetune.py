@@ -45,9 +45,7 @@ from behrt.feeder import Feeder
 from behrt.feeding import new_record
 from behrt.history import Baselines, RunFolder
 from behrt.keeping import Keeper
-from behrt.masking import FIXED_SEED, Stream, stream, torch_seed
-from behrt.parameters import apply_lora_to_behrt, count_parameters, set_trainable, silent_adapters
-from behrt.pretrain import (
+from behrt.lifecycle import (
     adaptation_name,
     ending,
     figures_of_start,
@@ -57,6 +55,8 @@ from behrt.pretrain import (
     wait_for_run,
     write_run,
 )
+from behrt.masking import FIXED_SEED, Stream, stream, torch_seed
+from behrt.parameters import apply_lora_to_behrt, count_parameters, set_trainable, silent_adapters
 from behrt.run_report import Listener, RunResult, RunStart
 from behrt.runs import checkpoint_folder, is_run_id, load_base, name_base, run_id_of
 from behrt.sequences import PreparedData, open_prepared

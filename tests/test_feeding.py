@@ -97,7 +97,7 @@ def test_a_server_that_never_answers_is_left_after_its_patience(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("behrt.feeder.SECONDS_FOR_A_RUN", 0.5)
     monkeypatch.setattr(Feeder.wait_for_run, "__defaults__", (0.5,))
-    monkeypatch.setattr("behrt.pretrain.SECONDS_OF_SILENCE", 0.5)
+    monkeypatch.setattr("behrt.lifecycle.SECONDS_OF_SILENCE", 0.5)
     with silent_server() as uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         began = time.monotonic()

@@ -31,7 +31,7 @@ LAYERS = (
         "tasks.heads", "tasks.example_batches", "tasks.finetuned", "tasks.weighted", "tasks.baselines",
         "tasks.assessment", "tasks.predictions", "tasks.task_plots",
     ),
-    ("stopper", "run_report", "resume", "keeping", "pretrain", "finetune", "embed",
+    ("stopper", "run_report", "resume", "keeping", "lifecycle", "pretrain", "finetune", "embed",
      "evaluation_report", "evaluate"),
     (
         "sweep.space", "sweep.settings", "sweep.samplers", "sweep.trials", "sweep.storage", "sweep.liveness",
