@@ -12,7 +12,11 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
+from behrt import tracking
 from behrt.cli import main
+from behrt.sweep import coordinator
+from tests.empty_stores import copy_store
+from tests.forked_workers import processes
 from tests.postgres_server import PostgresServer, postgres_server, why_not
 
 
@@ -30,6 +34,22 @@ def test_data() -> Path:
 def _own_store(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reaches a tracking server that the environment names."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _stores_are_copied() -> Iterator[None]:
+    """A new store is a copy of an empty one; `make_store` makes it, where that is what is tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracking, "_create_store", copy_store)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _workers_are_forked() -> Iterator[None]:
+    """Those of studies that run in this process, which is most of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coordinator, "subprocess", processes)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,16 +18,24 @@ from mlflow.entities import Run
 
 from behrt.cli import main
 
+from .empty_stores import lay_store
+
 SPACE = {
     "dropout": {"type": "float", "low": 0.0, "high": 0.5},
+    "lr": {"type": "float", "low": 1e-4, "high": 1e-2, "log": True},
+}
+"""Two parameters: the figure of every pair of them is drawn at the end of every command, and four are twelve pairs."""
+
+WIDE_SPACE = {
+    "dropout": SPACE["dropout"],
     "weight_decay": {"type": "float", "low": 1e-4, "high": 0.3, "log": True},
     "lora_rank": {"type": "int", "low": 2, "high": 8},
-    "lr": {"type": "float", "low": 1e-4, "high": 1e-2, "log": True},
+    "lr": SPACE["lr"],
 }
 
 
 def write_sweep(path: Path, records: Path, *, settings: dict[str, Any] | None = None, **changes: Any) -> Path:
-    """Random search over the four parameters, nothing pruned, four trials of three epochs."""
+    """Random search over the two parameters, nothing pruned, four trials of three epochs."""
     common: dict[str, Any] = {"data": str(records), "max_patients": 80, "epochs": 3, "early_stopping_patience": 0}
     common |= {"use_lora": True, "precision": "fp32"}  # so that workers compute what this process would
     content = {
@@ -50,7 +58,9 @@ def behrt(root: Path, *words: str) -> Any:
 
 
 def start(root: Path, *words: str) -> "subprocess.Popen[str]":
-    """A command as a process of its own, in `root`."""
+    """A command as a process of its own, in `root`, where it finds an empty MLflow store."""
+    if not (root / "mlruns").exists():
+        lay_store(root)
     return subprocess.Popen(
         [sys.executable, "-m", "behrt", *words],
         cwd=root, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -84,7 +94,9 @@ def trials_of(root: Path, study: str) -> list[optuna.trial.FrozenTrial]:
     """The trials, through Optuna alone; none before the first worker starts (its tables may be half made till then)."""
     if not (root / "sweeps" / study / "workers").exists():
         return []
-    storage = optuna.storages.RDBStorage(f"sqlite:///{root}/sweeps/studies.db")
+    storage = optuna.storages.RDBStorage(
+        f"sqlite:///{root}/sweeps/studies.db", skip_compatibility_check=True, skip_table_creation=True
+    )
     try:
         return optuna.load_study(study_name=study, storage=storage).get_trials()
     finally:

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from collections.abc import Iterator
 from contextlib import chdir
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from behrt.terminal import stderr_console
 from behrt.trainer import LossSums, Position, Trainer
 
 from .conftest import Workspace
+from .empty_stores import copy_workspace
 
 SAME = ("train_loss", "val_loss", "val_accuracy", "gradient_norm", "train_loss_running", "learning_rate")
 
@@ -57,6 +59,15 @@ def settings_of(workspace: Workspace, **flags: object) -> ExperimentSettings:
 def cut_off(settings: ExperimentSettings, folder: Path, after: int | None = 2, *, steps: int | None = None) -> None:
     with pytest.raises(RuntimeError, match="cut off"):
         pretrain(settings, experiment="cut", folder=folder, listener=CutOff(after, steps=steps))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_is_drawn() -> Iterator[None]:
+    """The curves take a quarter of the time of so short a run, and are no matter here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setattr("behrt.pretrain.draw_curves", lambda *arguments, **named: [])
+        yield
 
 
 @pytest.mark.parametrize("flags", [{}, {"use_lora": True, "lora_rank": 4}], ids=["full", "lora"])
@@ -160,13 +171,45 @@ def assert_same(whole: Path, resumed: Path) -> None:
     assert client.get_run(run_id).info.status == "FINISHED"
 
 
+def settings_of_whole(workspace: Workspace) -> ExperimentSettings:
+    """Of a run that keeps a checkpoint after every step."""
+    return settings_of(workspace, epochs=3, batch_size=20, checkpoint_minutes=1e-9)
+
+
+@pytest.fixture(scope="module")
+def whole_folder(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with an uninterrupted run in `whole`."""
+    root = tmp_path_factory.mktemp("whole")
+    with chdir(root):
+        pretrain(settings_of_whole(workspace), experiment="whole", folder=Path("whole"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def cut_folder(workspace: Workspace, whole_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, and in `cut` the run once more, cut off after six steps: half of its second epoch."""
+    root = tmp_path_factory.mktemp("cut")
+    copy_workspace(whole_folder, root)
+    with chdir(root):
+        cut_off(settings_of_whole(workspace), Path("cut"), after=None, steps=6)
+    return root
+
+
 @pytest.fixture
-def whole(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ExperimentSettings:
-    """An uninterrupted run in `whole`, and its settings, which keep a checkpoint after every step."""
+def whole(
+    workspace: Workspace, whole_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> ExperimentSettings:
+    """The settings of the run in `whole`, below the working folder."""
     monkeypatch.chdir(tmp_path)
-    settings = settings_of(workspace, epochs=3, batch_size=20, checkpoint_minutes=1e-9)
-    pretrain(settings, experiment="whole", folder=Path("whole"))
-    return settings
+    copy_workspace(whole_folder, tmp_path)
+    return settings_of_whole(workspace)
+
+
+@pytest.fixture
+def cut(workspace: Workspace, cut_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in `whole` and in `cut`, below the working folder."""
+    monkeypatch.chdir(tmp_path)
+    copy_workspace(cut_folder, tmp_path)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 4, 6, 11])
@@ -179,10 +222,8 @@ def test_a_run_goes_on_from_any_step_in_the_same_mlflow_run(whole: ExperimentSet
     assert read_run(Path("cut"))["best_epoch"] == read_run(Path("whole"))["best_epoch"]
 
 
-def test_a_run_keeps_its_precision_on_a_cpu_that_would_choose_another(
-    whole: ExperimentSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cut_off(whole, Path("cut"), after=None, steps=6)
+@pytest.mark.usefixtures("cut")
+def test_a_run_keeps_its_precision_on_a_cpu_that_would_choose_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     resume()
     assert_same(Path("whole"), Path("cut"))
@@ -210,23 +251,23 @@ def test_a_run_goes_on_from_a_pause_inside_its_evaluation(
     assert_same(Path("whole"), Path("cut"))
 
 
+@pytest.mark.usefixtures("cut")
 def test_the_last_two_checkpoints_are_kept_and_one_that_is_damaged_is_passed_over(
-    whole: ExperimentSettings, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    cut_off(whole, Path("cut"), after=None, steps=6)
     (Path("cut") / "checkpoints" / "last" / "optimizer.safetensors").write_bytes(b"cut short")
     resume()
     assert "goes on from the checkpoint before it" in caplog.text
     assert_same(Path("whole"), Path("cut"))
 
 
+@pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize(
     "file", ["model.safetensors", "best.safetensors", "training_state.json", "SHA256SUMS.training"]
 )
 def test_where_both_checkpoints_are_damaged_the_run_is_refused_and_left_as_it_is(
-    whole: ExperimentSettings, capsys: pytest.CaptureFixture, file: str
+    capsys: pytest.CaptureFixture, file: str
 ) -> None:
-    cut_off(whole, Path("cut"), after=None, steps=6)
     for damaged in Path("cut/checkpoints").glob(f"[lp]*/{file}"):
         damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
     before = {path: path.read_bytes() for path in Path("cut").rglob("*") if path.is_file()}
@@ -249,8 +290,8 @@ def test_a_run_whose_folder_is_gone_goes_on_from_mlflow_alone(
     resume(run_id, code=2)
 
 
-def test_other_settings_are_refused_with_what_differs(whole: ExperimentSettings, capsys: pytest.CaptureFixture) -> None:
-    cut_off(whole, Path("cut"), after=1)
+@pytest.mark.usefixtures("cut")
+def test_other_settings_are_refused_with_what_differs(capsys: pytest.CaptureFixture) -> None:
     resume("cut", "--lr", "1e-4", "--batch-size", "8", code=2)
     (line,) = capsys.readouterr().err.splitlines()[-1:]
     assert "training.batch_size 20 -> 8, training.lr 0.003 -> 0.0001" in line
@@ -279,10 +320,10 @@ def test_more_epochs_go_on_with_a_finished_run_and_say_what_becomes_of_the_sched
     assert tracked.data.tags["resumed_with"].startswith("training.epochs 3 -> 5")
 
 
+@pytest.mark.usefixtures("cut")
 def test_other_records_of_the_same_name_are_refused(
-    whole: ExperimentSettings, workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    cut_off(whole, Path("cut"), after=1)
     shutil.copytree(workspace.prepared, tmp_path / "moved")
     resume("cut", "--data", "moved", "--epochs", "2")
     assert main(["simulate", "--patients", "300", "--seed", "5", "--out", "meds"]) == 0
@@ -403,10 +444,8 @@ def test_best_weights_of_another_checkpoint_in_the_same_place_are_not_taken(whol
     assert_same(Path("whole"), Path("cut"))
 
 
-def test_the_only_whole_checkpoint_is_never_the_one_that_makes_room(
-    whole: ExperimentSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cut_off(whole, Path("cut"), after=None, steps=6)
+@pytest.mark.usefixtures("cut")
+def test_the_only_whole_checkpoint_is_never_the_one_that_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
     (Path("cut") / "checkpoints" / "last" / "optimizer.safetensors").write_bytes(b"cut short")
     replace = Path.replace
 
@@ -449,8 +488,8 @@ def test_a_run_that_was_lost_recovers_when_it_goes_on_with_recover(
     assert told == {point["epoch"]: point["value"] for point in read_history(Path("run"))["learning_rate"]}
 
 
-def test_mlflow_knows_the_best_epoch_of_a_run_that_went_on(whole: ExperimentSettings) -> None:
-    cut_off(whole, Path("cut"), after=1)
+@pytest.mark.usefixtures("cut")
+def test_mlflow_knows_the_best_epoch_of_a_run_that_went_on() -> None:
     resume()
     client = MlflowClient(tracking_uri=f"sqlite:///{Path.cwd()}/mlruns/mlflow.db")
     about = read_run(Path("cut"))

@@ -24,6 +24,7 @@ from behrt.sweep.trials import TrialState
 from behrt.sweep_console import LINES_AROUND, trials_table
 
 from .small_sweeps import (
+    WIDE_SPACE,
     assert_optuna_and_mlflow_agree,
     behrt,
     client_of,
@@ -52,7 +53,7 @@ def study(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Finished:
     """One worker, so that its trials are the same each time."""
     root = tmp_path_factory.mktemp("study")
     pruner = {"name": "median", "startup_trials": 2, "warmup_epochs": 1}
-    file = write_sweep(root / "s.yaml", prepared, pruner=pruner, budget={"trials": 8}, seed=3)
+    file = write_sweep(root / "s.yaml", prepared, space=WIDE_SPACE, pruner=pruner, budget={"trials": 8}, seed=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         printed = behrt(root, "sweep", "run", "s.yaml")
@@ -170,8 +171,11 @@ def test_plot_draws_the_figures_anew(study: Finished, tmp_path: Path) -> None:
     }
 
 
-def test_the_same_command_again_adds_nothing_and_more_trials_add_just_those(study: Finished) -> None:
-    """Last in this file: it changes the study."""
+def test_the_same_command_again_adds_nothing_and_more_trials_add_just_those(
+    study: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Last of what looks at the study: it changes it. Drawing it thrice would take longer than the rest."""
+    monkeypatch.setattr("behrt.sweep.coordinator.draw_study", lambda *arguments: [])
     again = behrt(study.root, "sweep", "run", "s.yaml")
     assert again["trials"] == study.printed["trials"]
     assert len(runs_of(study.root, "s")[1]) == 8

@@ -3,7 +3,6 @@
 import signal
 from collections.abc import Callable
 from contextlib import ExitStack, chdir, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -13,10 +12,10 @@ import pytest
 
 from behrt.cli import main
 from behrt.sweep.liveness import WorkerToken
-from behrt.sweep.settings import Budget
+from behrt.sweep.settings import load_sweep
 from behrt.sweep.storage import Storage, open_storage
 from behrt.sweep.study import SweepStudy
-from behrt.sweep.trials import tally, trial_record
+from behrt.sweep.trials import ALL_EPOCHS, TrialState, tally, trial_record
 
 from .postgres_server import PASSWORD, PostgresServer
 from .small_sweeps import (
@@ -64,13 +63,13 @@ def assert_every_epoch_once(root: Path) -> None:
 
 
 def test_a_killed_workers_trial_is_continued_and_counted_once(tmp_path: Path, prepared: Path) -> None:
-    write_sweep(tmp_path / "s.yaml", prepared, settings={"epochs": 12}, budget={"trials": 3})
+    write_sweep(tmp_path / "s.yaml", prepared, settings={"epochs": 8}, budget={"trials": 2})
     run = start(tmp_path, "sweep", "run", "s.yaml", "--workers", "2")
     until(an_epoch_was_trained(tmp_path))
     kill(children_of(run)[0])
     ended(run)
     found = counts(tmp_path)
-    assert (found.finished, found.complete, found.running, found.waiting) == (3, 3, 0, 0)
+    assert (found.finished, found.complete, found.running, found.waiting) == (2, 2, 0, 0)
     lost = [trial for trial in trials_of(tmp_path, "s") if trial.state.name == "FAIL"]
     assert [trial.user_attrs["ended"] for trial in lost] == ["worker died"]
     (retry,) = [trial for trial in trials_of(tmp_path, "s") if "retry_of" in trial.user_attrs]
@@ -92,19 +91,18 @@ def test_a_worker_that_is_stopped_by_itself_is_replaced(tmp_path: Path, prepared
 
 
 def test_a_dead_workers_trial_does_not_stay_running_where_no_more_are_asked_for(tmp_path: Path, prepared: Path) -> None:
-    write_sweep(tmp_path / "s.yaml", prepared, settings={"epochs": 1}, budget={"trials": 1})
-    behrt(tmp_path, "sweep", "run", "s.yaml")
+    sweep = load_sweep(write_sweep(tmp_path / "s.yaml", prepared, budget={"trials": 2}))
     with chdir(tmp_path):
-        study = SweepStudy.open("s", open_storage(None))
-        study = SweepStudy.begin(replace(study.sweep, budget=Budget(trials=2)), study.storage)
+        study = SweepStudy.begin(sweep, open_storage(None))
         with WorkerToken(Path("sweeps/s")) as token:
-            study.claim(token.worker, is_alive=lambda worker: True)
+            ended, _ = (study.claim(token.worker, is_alive=lambda worker: True) for _ in range(2))
+            study.tell(ended, TrialState.COMPLETE, 1.0, ended=ALL_EPOCHS)
     behrt(tmp_path, "sweep", "run", "s.yaml", "--trials", "1")
     assert [trial.state.name for trial in trials_of(tmp_path, "s")] == ["COMPLETE", "FAIL"]
 
 
 def test_ctrl_c_keeps_what_was_trained_and_the_same_command_goes_on(tmp_path: Path, prepared: Path) -> None:
-    write_sweep(tmp_path / "s.yaml", prepared, settings={"epochs": 12}, budget={"trials": 1})
+    write_sweep(tmp_path / "s.yaml", prepared, settings={"epochs": 8}, budget={"trials": 1})
     run = start(tmp_path, "sweep", "run", "s.yaml")
     until(an_epoch_was_trained(tmp_path))
     run.send_signal(2)
@@ -113,13 +111,13 @@ def test_ctrl_c_keeps_what_was_trained_and_the_same_command_goes_on(tmp_path: Pa
     stopped, *in_line = trials_of(tmp_path, "s")
     assert [trial.state.name for trial in in_line] == ["WAITING"]
     assert (stopped.state.name, stopped.user_attrs["ended"]) == ("FAIL", "interrupted")
-    assert len(stopped.intermediate_values) < 12
+    assert len(stopped.intermediate_values) < 8
     assert runs_of(tmp_path, "s")[0].info.status == "KILLED"
     assert_optuna_and_mlflow_agree(tmp_path, "s")
 
     told = behrt(tmp_path, "sweep", "run", "s.yaml")
     assert (told["finished"], told["complete"]) == (1, 1)
-    assert told["trained_epochs"] == 12
+    assert told["trained_epochs"] == 8
     _, retry = trials_of(tmp_path, "s")
     assert retry.params == stopped.params
     assert retry.user_attrs["continued_from"] == len(stopped.intermediate_values)
@@ -178,7 +176,6 @@ def test_a_trial_that_runs_out_of_memory_fails_alone(
     from behrt import pretrain
     from behrt.records import RecordsCache
     from behrt.stopper import Stopper
-    from behrt.sweep.settings import load_sweep
     from behrt.sweep.tracked import begin_study_run
     from behrt.sweep.trial import run_trial
     from behrt.sweep.trials import PARENT_RUN_ID
@@ -207,18 +204,19 @@ def test_a_trial_that_runs_out_of_memory_fails_alone(
     assert_optuna_and_mlflow_agree(tmp_path, "s")
 
 
+@pytest.mark.slow
 def test_a_study_on_a_server_goes_on_when_the_server_restarts(
     tmp_path: Path, prepared: Path, server: PostgresServer
 ) -> None:
     """Two workers, and the server gone at once in the middle of their trials."""
     url = server.create_database("study")
-    write_sweep(tmp_path / "s.yaml", prepared, settings={"epochs": 6}, budget={"trials": 3})
+    write_sweep(tmp_path / "s.yaml", prepared, settings={"epochs": 6}, budget={"trials": 2})
     run = start(tmp_path, "sweep", "run", "s.yaml", "--workers", "2", "--storage", url, "--json")
     opened = open_storage(url)
     until(lambda: any(trial.intermediate_values for trial in optuna_trials(opened)))
     server.restart()
     said = ended(run)
-    assert [trial.state.name for trial in optuna_trials(opened)] == ["COMPLETE"] * 3
+    assert [trial.state.name for trial in optuna_trials(opened)] == ["COMPLETE"] * 2
     assert all(len(trial.intermediate_values) == 6 for trial in optuna_trials(opened))
     assert PASSWORD not in said
     assert quote(PASSWORD, safe="") not in said

@@ -11,8 +11,17 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from behrt import tracking
 from behrt.config import UserError
 from behrt.tracking import StoredRun, TrackedRun, connect, download_checkpoints, experiment_id, tracking_uri
+
+from .empty_stores import make_store
+
+
+@pytest.fixture
+def _stores_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not copied, as in other tests."""
+    monkeypatch.setattr(tracking, "_create_store", make_store)
 
 
 def open_and_log(folder: str, number: int) -> None:
@@ -38,6 +47,7 @@ def test_four_runs_that_start_at_once_on_an_empty_store_all_arrive(tmp_path: Pat
     assert {run.info.status for run in runs} == {"FINISHED"}
 
 
+@pytest.mark.usefixtures("_stores_are_made")
 def test_a_process_that_dies_while_it_makes_the_store_does_not_break_it(tmp_path: Path) -> None:
     """Its tables are made one after the other; the process ends itself in the middle of that."""
     dies = (
@@ -65,6 +75,7 @@ def test_artifacts_stand_below_mlruns(tmp_path: Path) -> None:
     assert client.get_run(run.run_id).info.status == "KILLED"
 
 
+@pytest.mark.usefixtures("_stores_are_made")
 def test_the_environment_names_another_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = f"sqlite:///{tmp_path}/elsewhere/store.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", other)

@@ -78,7 +78,7 @@ def command_line(folder: str, log: str, words: tuple[str, ...]) -> None:
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["behrt.cli", "behrt.pretrain", "behrt.console", "mlflow.store.tracking.sqlalchemy_store", "kills"]
+    ["behrt.cli", "behrt.pretrain", "behrt.prepare", "mlflow.store.tracking.sqlalchemy_store", "seaborn", "kills"]
 )
 
 
@@ -87,6 +87,13 @@ def fork(folder: Path, *words: str, log: str = "log.txt") -> BaseProcess:
     process = FORKS.Process(target=command_line, args=(str(folder), log, words))
     process.start()
     return process
+
+
+def forked(folder: Path, *words: str) -> None:
+    """As `run`, likewise."""
+    process = fork(folder, *words)
+    process.join()
+    assert process.exitcode == 0, f"{' '.join(words)} ended: {(folder / 'log.txt').read_text()[-2000:]}"
 
 
 @dataclass
@@ -185,12 +192,12 @@ def differences(whole: Path, killed: Path) -> list[str]:
 def kill_trainings(
     folder: Path, runs: Mapping[str, Sequence[str]], *, kills: int, longest: float = 6.0, seed: int = 0
 ) -> dict[str, Any]:
-    """Every named run once whole and once killed so often; what was found."""
+    """Every named run once whole and once killed so often, in `folder/NAME/whole` and `killed`; what was found."""
     moments, rows = random.Random(seed), {}
     for name, flags in runs.items():
         for way in ("whole", "killed"):
-            (folder / name / way).mkdir(parents=True)
-        run(folder / name / "whole", "train", *flags, "--experiment", name)
+            (folder / name / way).mkdir(parents=True, exist_ok=True)
+        forked(folder / name / "whole", "train", *flags, "--experiment", name)
         lives = killed_training(folder / name / "killed", name, flags, kills=kills, moments=moments, longest=longest)
         paths = [folder / name / way / "experiments" / name for way in ("whole", "killed")]
         rows[name] = {
@@ -257,18 +264,17 @@ def kill_prepare(folder: Path, source: Path, *, kills: int, longest: float, seed
     folder.mkdir(parents=True)
     words = ("prepare", str(source), "--format", "meds", "--out")
     began = time.monotonic()
-    run(folder, *words, "whole/prepared")
+    forked(folder, *words, "whole/prepared")
     seconds = time.monotonic() - began
     moments, killed = random.Random(seed), 0
     while killed < kills:
-        process = start(folder, *words, "killed/prepared", "--overwrite")
-        try:
-            process.wait(moments.uniform(0.3, max(longest, 1.1 * seconds)))
-        except subprocess.TimeoutExpired:
+        process = fork(folder, *words, "killed/prepared", "--overwrite")
+        process.join(moments.uniform(0.1, max(longest, 1.1 * seconds)))
+        if process.exitcode is None:
             process.kill()
-            process.wait()
+            process.join()
             killed += 1
-    run(folder, *words, "killed/prepared", "--overwrite")
+    forked(folder, *words, "killed/prepared", "--overwrite")
     contents = [
         {file.relative_to(place).as_posix(): file.read_bytes() for file in sorted(place.rglob("*")) if file.is_file()}
         for place in (folder / "whole", folder / "killed")
