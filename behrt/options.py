@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import click
 
-from behrt.config import PRESETS, SECTION_OF, SECTIONS, SIZES, UserError
+from behrt.config import SECTION_OF, SECTIONS, SIZES, UserError
 from behrt.prepare_options import PrepareOptions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -111,7 +111,7 @@ training_options = options(
     setting("compile", "Compile the layers (CUDA): a minute more at first, for long trainings.", negatable=True),
 )
 preset_option = click.option(
-    "--preset", default=None, help=f"Start from the guide's recommendation: {', '.join(PRESETS)}."
+    "--preset", default=None, help="Start from what learns soonest (quick), or from the guide's advice (m1, a40)."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 

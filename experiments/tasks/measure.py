@@ -35,7 +35,7 @@ SEEDS = (0, 1, 2)
 SHARE_AIM = 0.97
 """Of the ceiling's AUROC or C-index above 0.5."""
 
-PRETRAINING = {"use_lora": True, "lr": 3e-3, "table_rate": 3, "mlm_probability": 0.4, "epochs": 24}
+PRETRAINING = {"preset": "quick", "epochs": 24}
 """The recipe with which small models come soonest to 90% of the gap (docs/performance.md), a little longer."""
 STARTS = {"pretrained": "LoRA on the pre-trained encoder", "scratch": "everything, from scratch"}
 

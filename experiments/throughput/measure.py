@@ -23,7 +23,7 @@ from typing import Any
 
 import click
 
-from behrt.config import ExperimentSettings, load_experiment
+from behrt.config import PRESETS, ExperimentSettings, load_experiment
 from behrt.files import write_json
 
 HERE = Path(__file__).resolve().parent
@@ -38,6 +38,7 @@ SIMULATED, SYNPUF = "simulated", "synpuf-meds"
 CONTENDERS = ("behrt", "hf", "guide")
 SIZES = ("small", "large")
 ADAPTATIONS: dict[str, dict[str, Any]] = {"lora": {"use_lora": True, "lora_rank": 16}, "full": {}}
+QUICK = PRESETS["quick"]
 FLAT_PATIENTS = {1_000: 58, 5_000: 12, 58_000: 1}
 """Epochs of each, so that all train as many steps: the heap of a process grows over its first thousand."""
 EMPTY: dict[str, Any] = {
@@ -319,10 +320,10 @@ def equal(steps: int) -> None:
     show_default=True,
     help="Of `behrt`, as the next four.",
 )
-@click.option("--lr", default=3e-3, show_default=True)
-@click.option("--table-rate", default=3.0, show_default=True)
-@click.option("--mlm-probability", default=0.4, show_default=True)
-@click.option("--epochs", default=16, show_default=True)
+@click.option("--lr", default=QUICK["lr"], show_default=True)
+@click.option("--table-rate", default=QUICK["table_rate"], show_default=True)
+@click.option("--mlm-probability", default=QUICK["mlm_probability"], show_default=True)
+@click.option("--epochs", default=QUICK["epochs"], show_default=True)
 @click.option("--contender", "names", multiple=True, type=click.Choice(CONTENDERS), default=CONTENDERS)
 @click.option("--keep/--no-keep", default=True, help="Whether the result replaces that of before.")
 def quality(
