@@ -692,7 +692,15 @@ def test_an_epoch_that_is_repeated_is_found() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"batch_size": 200}, {"codes": 3}, {"accumulation_steps": 4}, {"mlm_probability": 0.5}]
+    "options",
+    [
+        {},
+        {"batch_size": 200},
+        {"codes": 3},
+        {"accumulation_steps": 4},
+        {"mlm_probability": 0.5},
+        {"mlm_probability": 0.5, "codes": 3},
+    ],
 )
 def test_masks_that_are_drawn_anew_always_count_as_changing(options: dict[str, Any]) -> None:
     for seed in range(20):

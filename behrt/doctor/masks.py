@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from behrt.batches import IGNORED, PADDING_SEGMENT, PackedBatch
+from behrt.vocabulary import FIRST_CODE
 
 TOKENS_TO_COMPARE = 60
 """Tokens of the same patients, selected in either of two epochs, that the comparison needs.
@@ -53,7 +54,7 @@ def masks_change(first: Iterable[Sequence[PackedBatch]], second: Iterable[Sequen
 
 
 Selected = npt.NDArray[np.bool_]
-"""Which of a patient's tokens are to be guessed, bool [tokens]."""
+"""Which of a patient's codes are to be guessed, bool [codes]; of special tokens none ever is."""
 
 
 def selected_tokens(batch: PackedBatch) -> dict[bytes, Selected]:
@@ -63,9 +64,10 @@ def selected_tokens(batch: PackedBatch) -> dict[bytes, Selected]:
         getattr(batch, name).numpy()[real] for name in ("codes", "labels", "ages", "visits", "positions")
     )
     selected = labels != IGNORED
-    content = np.stack([np.where(selected, labels, shown), ages.view(np.int32), visits])  # [3, tokens]
+    codes = np.where(selected, labels, shown)
+    content = np.stack([codes, ages.view(np.int32), visits])  # [3, tokens]
     starts = np.flatnonzero(positions == 0).tolist()
     return {
-        content[:, start:stop].tobytes(): selected[start:stop]
+        content[:, start:stop].tobytes(): selected[start:stop][codes[start:stop] >= FIRST_CODE]
         for start, stop in itertools.pairwise([*starts, len(positions)])
     }
