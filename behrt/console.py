@@ -266,9 +266,11 @@ def task_summary(task: Mapping[str, Any]) -> str:
     """What is predicted, and from how many labels."""
     labels, share = task["labels"], task["true_share"]["train"]
     seen = "events" if task["kind"] == "survival" else "true"
+    dropped = sum(task["dropped"].values())
     return (
         f"  task       {task['name']} ({task['kind']}): {labels['train']:,} training and {labels['tuning']:,} tuning "
-        f"labels, {share:.1%} {seen}"
+        f"labels{'' if share is None else f', {share:.1%} {seen}'}"
+        + (f"; {dropped:,} rows are left out: of no patient here, or before any event" if dropped else "")
     )
 
 

@@ -11,9 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from behrt.checkpoints import read_about
 from behrt.config import UserError
 from behrt.events import SPLITS
 from behrt.files import replacing_file
+from behrt.runs import checkpoint_folder
 from behrt.sequences import open_prepared
 from behrt.tasks.examples import PREDICTED, last_moments, read_examples
 from behrt.tasks.finetuned import embed
@@ -26,7 +28,7 @@ def write_embeddings(
     out: Path,
     *,
     labels: Path | None = None,
-    gap: float = 0.0,
+    gap: float | None = None,
     splits: Sequence[str] = (),
     device: torch.device,
 ) -> dict[str, Any]:
@@ -34,6 +36,7 @@ def write_embeddings(
 
     Args:
         labels: whose prediction times count, of any kind; None is the end of each patient's record.
+        gap: days before these that are hidden; None is what a fine-tuned run was trained with, and else 0.
         splits: of the patients; none is all of them.
 
     Returns:
@@ -42,6 +45,9 @@ def write_embeddings(
     Raises:
         UserError: no such run, records or labels; no patient to write.
     """
+    if gap is None:
+        task = read_about(checkpoint_folder(run)).task
+        gap = 0.0 if labels is None or task is None else float(task["gap"])
     if not 0 <= gap < 1e5:
         raise UserError(f"--gap: {gap:g}: expected days, from 0 on")
     data = open_prepared(data_folder)
@@ -61,12 +67,12 @@ def write_embeddings(
     vectors = [embed(run, part, data, device=device) for part in parts]
     together = np.concatenate(vectors)
     width = together.shape[1]
-    offsets = pa.array(np.arange(len(together) + 1, dtype=np.int32) * width)
+    offsets = pa.array(np.arange(len(together) + 1, dtype=np.int64) * width)
     table = pa.table(
         {
             "subject_id": np.concatenate([part.subjects for part in parts]),
             "prediction_time": pa.array(np.concatenate([part.times for part in parts]), pa.timestamp("us")),
-            "embedding": pa.ListArray.from_arrays(offsets, pa.array(together.reshape(-1), pa.float32())),
+            "embedding": pa.LargeListArray.from_arrays(offsets, pa.array(together.reshape(-1), pa.float32())),
         }
     )
     with replacing_file(out) as beside:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from behrt.devices import choose_device
 from behrt.evaluation_report import Evaluation, KnownCeiling, report
 from behrt.feeding import RECORD_FILE, TrackingRecord
 from behrt.files import replacing_folder, write_json, write_text
+from behrt.history import read_run
 from behrt.outcomes import load_outcome_model
 from behrt.runs import locate_run
 from behrt.sequences import PreparedData, open_prepared
@@ -139,7 +140,10 @@ def evaluate(
             for number, name in enumerate(examples.names)
         },
         assessment=assessment,
-        sentences=verdict(assessment, task=task.name, patients=len(np.unique(examples.patients))),
+        sentences=[
+            *_differences_from_training(folder, settings, prepared, labels, records.counts),
+            *verdict(assessment, task=task.name, patients=len(np.unique(examples.patients))),
+        ],
         about_baselines={each.name: each.about for each in baselines},
         ceiling=None if best is None else replace(best[0], share_reached=assessment.share_of_ceiling),
         subgroups=subgroups(examples, predictors, groups, tuning=tuning, train=train, draws=draws, seed=seed),
@@ -163,6 +167,24 @@ def read_settings(folder: Path) -> FinetuneSettings:
         raise UserError(f"{path}: no such file; name the folder of a fine-tuned run, with all that is in it") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError):
         raise UserError(f"{path}: is damaged, or not of a fine-tuned run; fine-tune again") from None
+
+
+def _differences_from_training(
+    folder: Path, settings: FinetuneSettings, data: PreparedData, labels: Path | None, counts: Mapping[str, int]
+) -> list[str]:
+    """What whoever reads the figures has to know of labels and records, in sentences."""
+    found = []
+    if labels is not None and labels.resolve() != Path(settings.task.labels).resolve():
+        found.append("The labels are others than those that the run was trained on; so are those of the baselines.")
+    if data.digest != read_run(folder).get("dataset", {}).get("digest"):
+        found.append(
+            "The records are others than those that the run was trained on, and patients of its training may be among "
+            "them."
+        )
+    for name, why in (("no_patient", "are of patients outside the records"), ("nothing_visible", "see no event")):
+        if counts.get(name):
+            found.append(f"{counts[name]:,} rows of the label file {why}, and are left out.")
+    return found
 
 
 def _behrt(

@@ -6,7 +6,6 @@ In `evaluation.json` for programs, in `evaluation.md` for people, and as metrics
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from behrt.tasks.assessment import (
     shown_difference,
 )
 from behrt.tasks.intervals import Estimate
+from behrt.tasks.predictions import file_names
 
 FORMAT_VERSION = 1
 
@@ -119,8 +119,11 @@ class Evaluation:
     def figures_for_tracking(self) -> dict[str, float]:
         """Metrics under the names that MLflow gets: `held_out/auroc`, with `_low` and `_high`; finite ones only."""
         named: dict[str, Estimate] = {}
+        short = dict(zip(self.prevalence, file_names(list(self.prevalence)), strict=True))
         for name, of in self.assessment.metrics.items():
-            for metric, own in of.items():
+            for each, own in of.items():
+                kind, _, label = each.partition("/")
+                metric = f"{kind}/{short[label]}" if label else kind
                 named[metric if name == BEHRT else f"{name}/{metric}"] = own
         for name, of in self.assessment.differences.items():
             named[f"{self.assessment.headline}_over_{name}"] = of[self.assessment.headline]
@@ -132,7 +135,7 @@ class Evaluation:
         if self.ceiling is not None:
             found[f"{self.split}/ceiling/expected"] = self.ceiling.expected
             found[f"{self.split}/share_of_ceiling"] = self.ceiling.share_expected
-        return {re.sub(r"[^\w\-. /]", "_", name): value for name, value in found.items() if math.isfinite(value)}
+        return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def report(found: Evaluation) -> str:

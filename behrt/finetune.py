@@ -61,6 +61,7 @@ from behrt.run_report import Listener, RunResult, RunStart
 from behrt.runs import checkpoint_folder, is_run_id, load_base, name_base, run_id_of
 from behrt.sequences import PreparedData, open_prepared
 from behrt.stopper import Stopper
+from behrt.tasks.assessment import may_be_told
 from behrt.tasks.example_batches import ExampleLayout, ExampleSet, ExampleSteps
 from behrt.tasks.examples import Examples, LabelledRecords, read_examples
 from behrt.tasks.finetuned import TaskDescription, predict_logits
@@ -109,7 +110,8 @@ def finetune_settings(
         "init_from": None if from_scratch else run,
     }
     model = {**_size_of(shape), "max_position": shape.max_position, "dropout": shape.dropout}
-    rate = RATE if adaptation["freeze_base"] and not from_scratch else RATE_OF_ENCODER
+    frozen = flags.get("freeze_base", adaptation["freeze_base"])
+    rate = RATE if frozen and not from_scratch else RATE_OF_ENCODER
     nested: dict[str, Any] = {
         "model": model,
         "adaptation": adaptation,
@@ -173,8 +175,9 @@ class TaskData:
         }
 
 
-def _true_share(examples: Examples) -> float:
-    return float(np.nanmean(examples.targets))
+def _true_share(examples: Examples) -> float | None:
+    """None where it would count fewer patients than may be told about."""
+    return float(np.nanmean(examples.targets)) if may_be_told(examples) else None
 
 
 def read_task_data(settings: FinetuneSettings, data: PreparedData) -> TaskData:
@@ -291,7 +294,7 @@ def task_baselines(task: TaskDescription, scores: list[float], tuning: ExampleSe
         unigram_loss=unknown,
         unigram_accuracy=unknown,
         prevalence_loss=loss / scored,
-        prevalence_accuracy=correct / scored,
+        prevalence_accuracy=correct / scored if may_be_told(tuning.examples) else None,
     )
 
 
@@ -366,6 +369,8 @@ def finetune(
     device = choose_device(training.device)
     precision = choose_precision(training.precision, device)
     assert settings.data.data is not None
+    if checkpoint_folder(settings.task.from_run).resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"--experiment: {folder} holds the run that --from names; choose another name")
     data = open_prepared(Path(settings.data.data))
     for split in ("train", "tuning"):
         data.split(split).check(len(data.vocabulary))
@@ -442,6 +447,7 @@ def finetune(
             stopper.at_pauses()
             train_epochs(trainer, keeper, result, run_folder, feeder, listener)
             if result.best is not None:
+                trainer.restore_best()  # a run that the doctor ended stands at its last weights
                 result.tuning = tuning_metrics(task, model, tuning, device)
                 feeder.add_figures({f"tuning_{name}": value for name, value in result.tuning.items()})
     finally:

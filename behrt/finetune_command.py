@@ -92,6 +92,8 @@ def finetune(
     )  # fmt: skip
     if settings.training.recover:
         raise UserError("--recover: is for pre-training; a fine-tuning is short: leave it out")
+    if flags.get("mlm_probability") is not None:
+        raise UserError("--mlm-probability: is for pre-training, where codes are guessed; leave it out")
     if settings.training.compile:
         raise UserError("--compile: is for long pre-trainings; leave it out")
     name = experiment or (out.name if out is not None else f"behrt_{settings.model.model_size}_{task}")
@@ -127,7 +129,9 @@ def finetune(
 @click.option("--data", type=PATH, required=True, help="Prepared records of the patients.")
 @click.option("--out", type=PATH, required=True, help="Parquet file to write.")
 @click.option("--labels", type=PATH, help="Label file whose prediction times count.  [default: the end of each record]")
-@click.option("--gap", type=float, default=0.0, help="Hide the last days before each prediction.  [default: 0]")
+@click.option(
+    "--gap", type=float, help="Hide the last days before each prediction.  [default: that of a fine-tuned run, else 0]"
+)
 @click.option(
     "--split",
     "splits",
@@ -143,7 +147,7 @@ def embed(
     data: Path,
     out: Path,
     labels: Path | None,
-    gap: float,
+    gap: float | None,
     splits: tuple[str, ...],
     device: Any,
     overwrite: bool,

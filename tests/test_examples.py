@@ -61,7 +61,16 @@ def test_the_gap_hides_the_last_days(data: PreparedData, tmp_path: Path) -> None
 
 def test_of_visits_that_overlap_each_token_is_asked_for_its_time(data: PreparedData, tmp_path: Path) -> None:
     found = read_examples(write(tmp_path, (30, day(5), True)), data)
-    assert shown(found, data, "train", 0) == ["[CLS]", "C0", "C2"]
+    assert [code for code in shown(found, data, "train", 0) if code != "[SEP]"] == ["[CLS]", "C0", "C2"]
+
+
+def test_the_end_of_a_visit_does_not_tell_whether_anything_else_of_it_is_to_come(
+    data: PreparedData, tmp_path: Path
+) -> None:
+    found = read_examples(write(tmp_path, (30, day(5), True), (30, day(6), True)), data)
+    assert shown(found, data, "train", 0) == ["[CLS]", "C0", "[SEP]", "C2", "[SEP]"]
+    assert shown(found, data, "train", 1) == ["[CLS]", "C0", "[SEP]", "C2", "C3", "[SEP]"]
+    assert found["train"].visible.tolist() == [5, 6]
 
 
 def test_rows_that_cannot_be_used_are_counted(data: PreparedData, tmp_path: Path) -> None:

@@ -129,7 +129,13 @@ def test_intervals_hold_about_as_many_events_each() -> None:
     assert len(edges) == 10
     assert np.abs(counts - events.sum() / 10).max() <= 3  # days are whole ones
     assert all(edge == int(edge) for edge in edges)
-    assert interval_edges(np.array([3, 3, 7], np.float32), np.ones(3, np.bool_)) == [3.0, 7.0]
+    assert interval_edges(np.repeat([3, 3, 7], 20).astype(np.float32), np.ones(60, np.bool_)) == [3.0, 7.0]
+
+
+def test_no_interval_is_that_of_a_few_patients() -> None:
+    days = np.arange(1, 33, dtype=np.float32)
+    assert interval_edges(days, np.ones(32, np.bool_)) == [16.0, 32.0]
+    assert interval_edges(days[:3], np.ones(3, np.bool_)) == [3.0]
 
 
 def test_the_first_hazards_are_the_best_that_are_the_same_for_everybody() -> None:

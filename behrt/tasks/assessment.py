@@ -183,26 +183,27 @@ def _metrics(
             found["time_dependent_c"] = weighted_time_dependent_c(train.seen_events, train.days, events, days, scores)
         return found
     assert scores.shape == examples.targets.shape
+    shown = shown_names(examples)  # a mean over all would tell of the others, by what is missing
     known = ~np.isnan(examples.targets)
+    known[:, [number for number in range(len(examples.names)) if shown and number not in shown]] = False
+    targets = np.where(known, examples.targets, np.nan)
     labels = [examples.targets[known[:, number], number] > 0 for number in range(len(examples.names))]
     own = [scores[known[:, number], number] for number in range(len(examples.names))]
     areas = [weighted_auroc(*pair) for pair in zip(labels, own, strict=True)]
     found = {"auroc": mean_over_labels(areas, known)}
-    if thresholds is None:
+    if thresholds is None or not shown:  # the AUPRC of one prediction for all is the share of true labels
         return found
     found["auprc"] = mean_over_labels([weighted_auprc(*pair) for pair in zip(labels, own, strict=True)], known)
     predicted = scores >= thresholds
     if examples.kind == "binary":
-        found["f1"] = weighted_f1(examples.targets, predicted, macro=False)
+        found["f1"] = weighted_f1(targets, predicted, macro=False)
     else:
-        found |= {
-            f"f1_{way}": weighted_f1(examples.targets, predicted, macro=way == "macro") for way in ("micro", "macro")
-        }
+        found |= {f"f1_{way}": weighted_f1(targets, predicted, macro=way == "macro") for way in ("micro", "macro")}
     rows = np.nonzero(known)[0]  # of each known label
     for name, metric in (("brier", weighted_brier), ("calibration_error", weighted_calibration_error)):
         found[name] = _of_rows(metric(examples.targets[known] > 0, scores[known]), rows)
     if examples.kind == "multilabel":
-        for number in shown_names(examples):
+        for number in shown:
             rows = np.flatnonzero(known[:, number])
             found[f"auroc/{examples.names[number]}"] = _of_rows(areas[number], rows)
     return found
@@ -220,12 +221,12 @@ def outcome_of(difference: Estimate) -> Outcome:
 
     >>> outcome_of(Estimate(0.03, 0.01, 0.05)), outcome_of(Estimate(-0.03, -0.05, -0.01))
     ('beats', 'does not beat')
-    >>> outcome_of(Estimate(0.03, -0.01, 0.07)), outcome_of(Estimate(0.002, -0.003, 0.007))
+    >>> outcome_of(Estimate(0.03, -0.01, 0.07)), outcome_of(Estimate(0.002, 0.001, 0.003))
     ('cannot be told', 'does not beat')
     """
-    if difference.low > 0:
-        return "beats"
-    return "does not beat" if difference.high < LEAST_GAIN else "cannot be told"
+    if difference.high < LEAST_GAIN:
+        return "does not beat"
+    return "beats" if difference.low > 0 else "cannot be told"
 
 
 def verdict(found: Assessment, *, task: str, patients: int) -> list[str]:

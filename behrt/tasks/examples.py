@@ -22,6 +22,7 @@ from behrt.masking import Stream, stream
 from behrt.sequences import PreparedData, PreparedSplit
 from behrt.tasks.features import visible
 from behrt.tasks.labels import Labels, read_labels
+from behrt.vocabulary import SEP
 
 PREDICTED = ("binary", "multilabel", "survival")
 """Kinds of labels that a model is trained on."""
@@ -70,8 +71,7 @@ class Examples:
 
     def seen(self, row: int) -> npt.NDArray[np.bool_]:
         """Which tokens of the row's patient may be seen, bool [tokens of the patient]."""
-        prediction_time: np.datetime64 = self.times[row]
-        return visible(self.split.times(int(self.patients[row])), prediction_time, gap=self.gap)
+        return seen_tokens(self.split, int(self.patients[row]), self.times[row], gap=self.gap)
 
     def take(self, rows: npt.NDArray[Any]) -> Self:
         """Only these rows, given by index or by a mask, in that order."""
@@ -98,6 +98,21 @@ class Examples:
         np.cumsum([len(codes) for codes, _, _ in parts], out=offsets[1:])
         codes, ages, visits = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return FlatSequences(codes=codes, ages=ages, visits=visits, offsets=offsets)
+
+
+def seen_tokens(
+    split: PreparedSplit, patient: int, prediction_time: np.datetime64, *, gap: float = 0.0
+) -> npt.NDArray[np.bool_]:
+    """Which tokens of a patient may be seen, bool [tokens].
+
+    `[SEP]` has the time of the last event of its visit, so that it would tell whether anything else is to come in this
+    one: it is seen as soon as anything of the visit is.
+    """
+    codes, _, visits = split.sequence(patient)
+    closes = codes == SEP
+    told = visible(split.times(patient), prediction_time, gap=gap) & ~closes
+    seen: npt.NDArray[np.bool_] = told | (closes & np.isin(visits, visits[told]))
+    return seen
 
 
 @dataclass(frozen=True)
@@ -194,7 +209,7 @@ def _examples(rows: pl.DataFrame, kind: str, split: PreparedSplit, names: tuple[
     for number, name in enumerate(columns):
         targets[:, number] = rows[name].cast(pl.Float32).fill_null(float("nan")).to_numpy()
     seen = [
-        int(visible(split.times(patient), time, gap=gap).sum())
+        int(seen_tokens(split, patient, time, gap=gap).sum())
         for patient, time in zip(patients.tolist(), times, strict=True)
     ]
     return Examples(

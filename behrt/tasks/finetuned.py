@@ -217,7 +217,7 @@ def predict_logits(model: nn.Module, batches: ExampleSet, device: torch.device) 
     model.eval()
     try:
         with torch.inference_mode():
-            parts = [scores_of(model, batch.to(device)).double().cpu() for batch in batches]
+            parts = [scores_of(model, batch.to(device)).cpu().double() for batch in batches]
     finally:
         model.train(was_training)
     return torch.cat(parts)

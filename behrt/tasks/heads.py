@@ -24,6 +24,8 @@ from behrt.model import BEHRT, TABLE_STD, uniform_
 
 INTERVALS = 10
 """Into which survival is cut, as far as there are different times of events."""
+EVENTS_OF_INTERVAL = 11
+"""At least so many, where there are: the edges travel with the model, and must not be the days of single patients."""
 LEAST_SHARE, MOST_SHARE = 1e-4, 1 - 1e-4
 """Between which the first prediction lies: labels of one kind alone would ask for an infinite logit."""
 
@@ -222,10 +224,11 @@ def interval_edges(
     In whole days, rounded up: they travel with the model, and the exact ones are those of patients. The first interval
     begins at 0, and no event is after the last edge. Whoever lives on has survived all of them.
 
-    >>> interval_edges(np.arange(1, 9, dtype=np.float32), np.ones(8, bool), intervals=4)
-    [2.0, 4.0, 6.0, 8.0]
+    >>> interval_edges(np.arange(1, 81, dtype=np.float32), np.ones(80, bool), intervals=4)
+    [20.0, 40.0, 60.0, 80.0]
     """
     assert events.any()
+    intervals = max(1, min(intervals, int(events.sum()) // EVENTS_OF_INTERVAL))
     quantiles = np.quantile(days[events], np.linspace(0, 1, intervals + 1)[1:], method="inverted_cdf")
     return [float(edge) for edge in np.unique(np.maximum(1, np.ceil(quantiles)))]
 
