@@ -2,6 +2,7 @@
 
 import resource
 import shutil
+from collections.abc import Iterator
 from contextlib import chdir
 from pathlib import Path
 from types import ModuleType
@@ -28,14 +29,17 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def kills() -> ModuleType:
-    """The harness of `experiments/reliability`, by the name under which its own processes import it."""
+def kills() -> Iterator[ModuleType]:
+    """The harness of `experiments/reliability`, by the name under which its own processes import it.
+
+    The path stays for as long: processes take it over, also from a fork server that another test began without it.
+    """
     folder = str(ROOT / "experiments" / "reliability")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         import kills
 
-        return kills
+        yield kills
 
 
 def test_a_training_that_is_killed_again_and_again_ends_as_the_uninterrupted_one(

@@ -66,7 +66,7 @@ def _nothing_is_drawn() -> Iterator[None]:
     """The curves take a quarter of the time of so short a run, and are no matter here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        patch.setattr("behrt.pretrain.draw_curves", lambda *arguments, **named: [])
+        patch.setattr("behrt.lifecycle.draw_curves", lambda *arguments, **named: [])
         yield
 
 
