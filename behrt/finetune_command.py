@@ -9,10 +9,10 @@ from typing import Any
 import click
 
 from behrt.config import EXPERIMENT_NAME, UserError
-from behrt.exits import LostRun, RefusedRun, one_line
+from behrt.exits import one_line
 from behrt.imports import first_import
 from behrt.options import PATH, given, json_option, options, setting, training_options
-from behrt.train_command import reasons
+from behrt.train_command import tell_end
 
 mode_options = options(
     setting("dropout", "Dropout of encoder and head.  [default: the run's]", type=float),
@@ -79,7 +79,7 @@ def finetune(
     """Teach a pre-trained run to predict a task: adapters and a head, on labels of prepared records."""
     of_task = {"gap": gap, "class_weights": class_weights, "max_labels": max_labels}
     with first_import("torch"):
-        from behrt.console import TerminalListener, result_lines
+        from behrt.console import TerminalListener
         from behrt.finetune import finetune as recipe
         from behrt.finetune import finetune_settings
         from behrt.stopper import Stopper
@@ -114,14 +114,7 @@ def finetune(
     finally:
         stopper.close()
         listener.stop()
-    console.print("\n".join(result_lines(result)), markup=False)
-    if as_json:
-        click.echo(json.dumps(result.as_dict()))
-    if result.refused:
-        raise RefusedRun(f"refused: {reasons(result.diagnosis.of_severity('error'))}; --force trains all the same")
-    if result.status == "FAILED":
-        lost_to = [result.lost_to] if result.lost_to else result.diagnosis.of_severity("error")
-        raise LostRun(f"ended after epoch {result.last.epoch if result.last else 0}: {reasons(lost_to)}")
+    tell_end(result, console, as_json=as_json)
 
 
 @click.command()

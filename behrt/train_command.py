@@ -27,9 +27,12 @@ from behrt.options import (
 )
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from behrt.config import ExperimentSettings
     from behrt.doctor.rule import Finding
     from behrt.resume import Attempt
+    from behrt.run_report import RunResult
 
 
 @click.command()
@@ -74,7 +77,7 @@ def train(
         name, folder = name_of(attempt), attempt.folder
 
     with first_import("torch"):
-        from behrt.console import TerminalListener, result_lines
+        from behrt.console import TerminalListener
         from behrt.pretrain import pretrain
         from behrt.stopper import Stopper
         from behrt.sync import settle_dead
@@ -112,6 +115,13 @@ def train(
     finally:
         stopper.close()
         listener.stop()
+    tell_end(result, console, as_json=as_json)
+
+
+def tell_end(result: RunResult, console: Console, *, as_json: bool) -> None:
+    """What a run came to; `RefusedRun` or `LostRun` where that is an end of its own."""
+    from behrt.console import result_lines
+
     console.print("\n".join(result_lines(result)), markup=False)
     if as_json:
         click.echo(json.dumps(result.as_dict()))

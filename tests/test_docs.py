@@ -143,9 +143,10 @@ def load_measure(topic: str) -> ModuleType:
     return measure
 
 
-def test_the_page_of_measurements_says_what_was_measured() -> None:
-    measure = load_measure("learning")
-    assert measure.page(measure.load_results()) == (ROOT / "docs" / "learning.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(("topic", "page"), [("learning", "learning.md"), ("tasks", "results.md")])
+def test_the_page_of_measurements_says_what_was_measured(topic: str, page: str) -> None:
+    measure = load_measure(topic)
+    assert measure.page(measure.load_results()) == (ROOT / "docs" / page).read_text(encoding="utf-8")
 
 
 @pytest.fixture
