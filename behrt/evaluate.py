@@ -26,7 +26,7 @@ from behrt.config import FinetuneSettings, UserError, refuse_what_is_no_file
 from behrt.devices import choose_device
 from behrt.evaluation_report import Evaluation, KnownCeiling, report
 from behrt.feeding import RECORD_FILE, TrackingRecord
-from behrt.files import replacing_folder, write_json, write_text
+from behrt.files import FolderLock, replacing_folder, write_json, write_text
 from behrt.history import read_run
 from behrt.outcomes import load_outcome_model
 from behrt.runs import locate_run
@@ -264,11 +264,15 @@ def _track(found: Evaluation, folder: Path) -> None:
     if not (folder / RECORD_FILE).is_file():
         return
     try:
-        record = TrackingRecord.load(folder)
-        counter = f"{found.split}/evaluation"
-        number = {counter: record.figures.get(counter, 0) + 1}
-        kept = {name: value for name, value in record.figures.items() if not name.startswith(f"{found.split}/")}
-        replace(record, figures={**kept, **found.figures_for_tracking(), **number}).save(folder)
+        lock = FolderLock(folder)  # another evaluation, or a training that goes on, writes there too
+        try:
+            record = TrackingRecord.load(folder)
+            counter = f"{found.split}/evaluation"
+            number = {counter: record.figures.get(counter, 0) + 1}
+            kept = {name: value for name, value in record.figures.items() if not name.startswith(f"{found.split}/")}
+            replace(record, figures={**kept, **found.figures_for_tracking(), **number}).save(folder)
+        finally:
+            lock.release()
         sync_folder(folder)
     except UserError as error:
         log.warning("%s; `behrt sync %s` tells MLflow of the evaluation", error, folder)

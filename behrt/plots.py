@@ -236,7 +236,10 @@ def _finish(axes: Axes, figure_name: str, lines: Mapping[str, float | None]) -> 
         if value is not None and math.isfinite(value):
             label, colour, style = REFERENCE_LINES[name]
             axes.axhline(value, color=colour, linestyle=style, linewidth=1.2, label=f"{label} {value:.3f}")
-    axes.set(xlabel="epoch", ylabel=LABELS[figure_name])
+    label = LABELS[figure_name]
+    if lines.get("prevalence") is not None:  # of a task, where it is labels that are scored
+        label = label.replace("scored token", "label")
+    axes.set(xlabel="epoch", ylabel=label)
     if figure_name == "accuracy":
         axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -135,6 +135,22 @@ def test_metrics_of_several_labels_are_means_over_those_that_are_known():
     assert found["f1_micro"].value == pytest.approx(f1_score(targets[known], predicted[known]), abs=1e-6)
 
 
+def test_no_metric_tells_of_a_label_that_too_few_have():
+    generator = np.random.default_rng(8)
+    targets = (generator.random((200, 3)) < [0.4, 0.2, 0]).astype(float)
+    targets[:3, 2] = 1
+    scores = generator.random((200, 3))
+    found, of_two = (
+        assessed(labelled(targets[:, :n], kind="multilabel", names=("a", "b", "c")[:n]), scores[:, :n], draws=20)
+        for n in (3, 2)
+    )
+    assert found.metrics[BEHRT].keys() == of_two.metrics[BEHRT].keys()
+    for name, of in of_two.metrics[BEHRT].items():
+        assert found.metrics[BEHRT][name] == of
+    alone = assessed(labelled(targets[:, 2]), scores[:, 2:], np.full((200, 1), 0.1), draws=20)
+    assert {tuple(of) for of in alone.metrics.values()} == {("auroc",)}  # AUPRC of one score for all is the share
+
+
 def test_metrics_of_survival_are_the_two_concordances():
     generator = np.random.default_rng(7)
     risks, events = generator.random(150), generator.random(150) < 0.6

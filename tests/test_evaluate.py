@@ -178,6 +178,7 @@ def test_on_shuffled_labels_the_interval_holds_a_half(evaluated, workspace, runs
     own = found["metrics"]["behrt"]["auroc"]
     assert own["low"] < 0.5 < own["high"]
     assert found["ceiling"] is None
+    assert found["verdict"][0].startswith("The labels are others than those that the run was trained on")
 
 
 @pytest.mark.parametrize(

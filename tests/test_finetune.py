@@ -1,6 +1,7 @@
 """Does a fine-tuning, from the command line to its predictions, do what it promises, and see only what it may?"""
 
 import json
+import math
 import shutil
 import stat
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from contextlib import chdir
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -18,6 +20,7 @@ from safetensors.torch import load_file
 from behrt.cli import main
 from behrt.config import UserError
 from behrt.history import read_history, read_run
+from behrt.lifecycle import train_epochs
 from behrt.model import BEHRT
 from behrt.runs import load_run
 from behrt.sequences import PreparedData, PreparedSplit, open_prepared
@@ -373,6 +376,33 @@ def test_the_example_of_the_page_runs(runs: Runs, here: None, capsys: pytest.Cap
     assert 0 <= float(capsys.readouterr().out) <= 1
 
 
+def test_vectors_of_a_fine_tuned_run_see_no_more_than_its_head(runs: Runs, here: None, tmp_path: Path) -> None:
+    assert finetune(runs.workspace, "--experiment", "gapped", "--no-use-lora", "--freeze-base", "--gap", "300") == 0
+    data, labels = open_prepared(runs.workspace.prepared), labels_of(runs.workspace, "disease")
+    out = tmp_path / "patients.parquet"
+    command = ["embed", "experiments/gapped", "--data", str(runs.workspace.prepared), "--labels", str(labels)]
+    assert main([*command, "--split", "tuning", "--out", str(out)]) == 0
+    found = np.stack(pl.read_parquet(out)["embedding"].to_list())
+    gapped, whole = (embed(runs["gapped"], read_examples(labels, data, gap=gap)["tuning"], data) for gap in (300, 0))
+    np.testing.assert_allclose(found, gapped, atol=1e-6)
+    assert len(gapped) != len(whole) or not np.allclose(gapped, whole)
+
+
+def test_a_run_that_was_lost_is_judged_by_its_best_weights(
+    runs: Runs, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train_and_lose(trainer: Any, *others: Any) -> None:
+        train_epochs(trainer, *others)
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data.fill_(math.nan)
+
+    monkeypatch.setattr("behrt.finetune.train_epochs", train_and_lose)
+    assert finetune(runs.workspace, "--experiment", "lost", "--no-use-lora", "--freeze-base") == 0
+    monkeypatch.undo()
+    assert read_run(runs["lost"])["tuning"] == read_run(runs["probe"])["tuning"]
+
+
 # What is refused
 
 
@@ -394,6 +424,8 @@ def test_the_example_of_the_page_runs(runs: Runs, here: None, capsys: pytest.Cap
         (["--data", "nowhere"], "nowhere: no such folder"),
         (["--experiment", "../x"], "--experiment"),
         (["--gap", "100000"], "none of its"),
+        (["--experiment", "full"], "holds the run that --from names"),
+        (["--mlm-probability", "0.3"], "--mlm-probability: is for pre-training"),
     ],
 )
 def test_a_mistake_gets_one_line(

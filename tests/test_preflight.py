@@ -699,7 +699,7 @@ def test_an_epoch_that_is_repeated_is_found() -> None:
         {"codes": 3},
         {"accumulation_steps": 4},
         {"mlm_probability": 0.5},
-        {"mlm_probability": 0.5, "codes": 3},
+        {"mlm_probability": 0.5, "codes": 1},
     ],
 )
 def test_masks_that_are_drawn_anew_always_count_as_changing(options: dict[str, Any]) -> None:

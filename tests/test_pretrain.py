@@ -149,6 +149,19 @@ def test_validation_masks_are_the_same_for_every_seed_size_and_training_sample(w
     assert all(masks_of_last_tokens(workspace, **other) == expected for other in flags)
 
 
+def test_more_to_guess_in_training_changes_the_training_and_nothing_that_is_compared(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    runs = {}
+    with chdir(tmp_path):
+        for share in ("0.15", "0.45"):
+            flags = ["--epochs", "1", "--max-patients", "40", "--mlm-probability", share, "--out", share]
+            assert main(["train", "--data", str(workspace.prepared), *flags]) == 0
+            runs[share] = read_run(Path(share))["baselines"], read_history(Path(share))["train_loss_running"]
+    assert runs["0.15"][0] == runs["0.45"][0]
+    assert runs["0.15"][1] != runs["0.45"][1]
+
+
 def test_the_adapters_do_not_repeat_the_draws_of_the_base(workspace: Workspace) -> None:
     settings = load_experiment(flags={"data": str(workspace.prepared), "use_lora": True})
     records = select_records(open_records(settings.data), settings)
