@@ -22,7 +22,7 @@ from behrt.cheap_layers import Linear
 from behrt.config import AdaptationSettings, BEHRTConfig, TrainingSettings
 from behrt.devices import is_out_of_memory
 from behrt.doctor import memory, preflight
-from behrt.doctor.masks import masks_change
+from behrt.doctor.masks import masks_change, selected_tokens
 from behrt.doctor.memory import (
     Keeping,
     Kept,
@@ -699,13 +699,18 @@ def test_an_epoch_that_is_repeated_is_found() -> None:
         {"codes": 3},
         {"accumulation_steps": 4},
         {"mlm_probability": 0.5},
-        {"mlm_probability": 0.5, "codes": 1},
     ],
 )
 def test_masks_that_are_drawn_anew_always_count_as_changing(options: dict[str, Any]) -> None:
     for seed in range(20):
         steps = batches(200, seed=seed, **options)
         assert masks_change(steps.epoch(1), steps.epoch(2)) is True
+
+
+def test_masks_are_compared_over_what_can_be_selected_alone() -> None:
+    batch = next(batches(40).epoch(1))[0]
+    codes = torch.where(batch.scored, batch.labels, batch.codes)
+    assert sum(map(len, selected_tokens(batch).values())) == int((codes >= FIRST_CODE).sum())
 
 
 def test_patients_who_look_alike_do_not_hide_masks_that_never_change() -> None:
