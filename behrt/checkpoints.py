@@ -22,17 +22,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from behrt.adapter_files import frozen_sha256, load_adapter, refuse_pickles, save_adapter
 from behrt.config import MAX_SEED, BEHRTConfig, UserError, refuse_what_is_no_file
 from behrt.files import read_json, replacing_folder, verify_checksums, write_checksums, write_json
-from behrt.lora import (
-    adapted_layers,
-    frozen_sha256,
-    load_adapter,
-    merge_adapters,
-    refuse_pickles,
-    save_adapter,
-    train_only,
-)
+from behrt.lora import adapted_layers, merge_adapters, train_only
 from behrt.model import BEHRTForMaskedLM
 from behrt.vocabulary import FIRST_CODE, Vocabulary
 

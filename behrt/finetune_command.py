@@ -81,7 +81,7 @@ def finetune(
     with first_import("torch"):
         from behrt.console import TerminalListener
         from behrt.finetune import finetune as recipe
-        from behrt.finetune import finetune_settings
+        from behrt.finetune_settings import finetune_settings
         from behrt.stopper import Stopper
         from behrt.sync import settle_dead
         from behrt.terminal import stderr_console

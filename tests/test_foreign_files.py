@@ -17,12 +17,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from behrt.adapter_files import load_adapter, refuse_pickles
 from behrt.checkpoints import CHECKSUMS_FILE
 from behrt.cli import main
 from behrt.config import UserError
 from behrt.files import replacing_folder, write_checksums, write_text
 from behrt.history import RunFolder
-from behrt.lora import load_adapter, refuse_pickles
 from behrt.model import BEHRTForMaskedLM
 from behrt.runs import load_run, locate_run, run_id_of
 from behrt.sweep.settings import load_sweep

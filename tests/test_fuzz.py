@@ -25,13 +25,13 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
+from behrt.adapter_files import load_adapter
 from behrt.batches import TrainingBatches
 from behrt.checkpoints import Base, load_checkpoint, save_checkpoint
 from behrt.config import BEHRTConfig, ExperimentSettings, UserError, load_experiment
 from behrt.doctor.diagnosis import diagnose
 from behrt.doctor.facts import completed
 from behrt.doctor.targets import read_target
-from behrt.lora import load_adapter
 from behrt.model import BEHRTForMaskedLM
 from behrt.parameters import apply_lora_to_behrt
 from behrt.prepare import prepare

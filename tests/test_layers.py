@@ -15,7 +15,7 @@ LAYERS = (
         "sources.omop", "sources.synthea", "vocabulary", "population", "outcomes", "cohort", "floor", "metrics",
     ),
     ("sequences", "spill", "parts", "prepare", "masking", "batches", "ceiling"),
-    ("cheap_layers", "attention", "model", "lora", "parameters"),
+    ("cheap_layers", "attention", "model", "lora", "adapter_files", "parameters"),
     ("checkpoints", "history", "tracking", "feeding", "feeder", "runs", "sync"),
     ("optimizer", "trainer", "cooccurrence", "records"),
     (
@@ -31,7 +31,7 @@ LAYERS = (
         "tasks.heads", "tasks.example_batches", "tasks.finetuned", "tasks.weighted", "tasks.baselines",
         "tasks.assessment", "tasks.predictions", "tasks.task_plots",
     ),
-    ("stopper", "run_report", "resume", "keeping", "lifecycle", "pretrain", "finetune", "embed",
+    ("stopper", "run_report", "resume", "keeping", "lifecycle", "pretrain", "finetune_settings", "finetune", "embed",
      "evaluation_report", "evaluate"),
     (
         "sweep.space", "sweep.settings", "sweep.samplers", "sweep.trials", "sweep.storage", "sweep.liveness",

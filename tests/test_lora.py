@@ -13,17 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from behrt.adapter_files import frozen_sha256, load_adapter, save_adapter, sha256_of
 from behrt.config import BEHRTConfig, UserError
-from behrt.lora import (
-    LoRALinear,
-    adapted_layers,
-    frozen_sha256,
-    insert_adapters,
-    load_adapter,
-    merge_adapters,
-    save_adapter,
-    sha256_of,
-)
+from behrt.lora import LoRALinear, adapted_layers, insert_adapters, merge_adapters
 from behrt.model import BEHRT, BEHRTForMaskedLM
 from behrt.parameters import apply_lora_to_behrt
 

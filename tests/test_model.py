@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from behrt.adapter_files import sha256_of
 from behrt.config import BEHRTConfig, UserError
-from behrt.lora import sha256_of
 from behrt.model import BEHRT, BEHRTForMaskedLM, age_bins
 
 TINY = BEHRTConfig(

@@ -16,9 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from behrt.adapter_files import load_adapter
 from behrt.checkpoints import Base, holds_everything, load_trained, make_base, read_about
 from behrt.config import UserError
-from behrt.lora import load_adapter
 from behrt.model import BEHRT
 from behrt.runs import checkpoint_folder, load_base_again, load_run
 from behrt.sequences import PreparedData

@@ -149,7 +149,8 @@ def simulated(tasks: Sequence[str]) -> None:
 def budgets(tasks: Sequence[str]) -> None:
     """Fine-tune on few labels: the pre-trained encoder, and one of its shape from scratch."""
     from behrt.evaluate import evaluate
-    from behrt.finetune import finetune, finetune_settings
+    from behrt.finetune import finetune
+    from behrt.finetune_settings import finetune_settings
 
     base, _ = simulated_cohort()
     rows = load_results()["budgets"]
