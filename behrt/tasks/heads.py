@@ -120,21 +120,9 @@ class BEHRTForTask(nn.Module):
 
         The other arguments are those of `BEHRT.forward`.
         """
-        scores: Tensor = self.head(self.vectors(codes, ages, visits, segments, positions=positions, owners=owners))
+        read = patient_vectors(self.behrt, codes, ages, visits, segments, positions=positions, owners=owners)
+        scores: Tensor = self.head(read)
         return scores.float()
-
-    def vectors(
-        self,
-        codes: Tensor,
-        ages: Tensor,
-        visits: Tensor,
-        segments: Tensor | None = None,
-        *,
-        positions: Tensor | None = None,
-        owners: Tensor | None = None,
-    ) -> Tensor:
-        """What the head reads: float32 [patients, 2 · hidden_dim]."""
-        return patient_vectors(self.behrt, codes, ages, visits, segments, positions=positions, owners=owners)
 
 
 def patient_vectors(
