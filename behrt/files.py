@@ -10,6 +10,7 @@ import glob
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -24,7 +25,8 @@ from behrt.config import UserError, refuse_what_is_no_file
 def replacing_file(path: Path) -> Iterator[Path]:
     """Yields a path beside `path` to write to; on success it takes the place of `path`, on failure it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # drawn, for containers that share a disk have the same process ids
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
     try:
         yield beside
         _flush(beside)

@@ -471,10 +471,11 @@ class TrackedTrial(NamedTuple):
 
 @cache
 def _commit_tag() -> dict[str, str]:
-    """The git commit of the code, where it runs from its own checkout."""
+    """The git commit of the code, where it runs from its own checkout, or from an image that names it."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():  # installed, perhaps inside somebody else's checkout
-        return {}
+        revision = os.environ.get("BEHRT_REVISION")
+        return {"mlflow.source.git.commit": revision} if revision else {}
     try:
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=5, check=True

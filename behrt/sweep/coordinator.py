@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -55,13 +56,14 @@ class Workers:
         self._folder = study_folder(study)
         share = max(1, (os.cpu_count() or 1) // count)
         self._threads = min(share, int(os.environ.get("OMP_NUM_THREADS") or share))
+        self._name = f"{socket.gethostname()}-{os.getpid()}"  # in each of many containers, the process id is 1
         self._processes: dict[int, subprocess.Popen[str]] = {}
         for index in range(count):
             self.start(index)
 
     def log_file(self, index: int) -> Path:
         """What the worker has written."""
-        return self._folder / "workers" / f"{os.getpid()}-{index}.log"
+        return self._folder / "workers" / f"{self._name}-{index}.log"
 
     def last_line(self, index: int) -> str:
         """The last line that the worker has written."""
