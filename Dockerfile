@@ -65,7 +65,6 @@ COPY sweeps sweeps
 # The user has a number, by which Kubernetes knows that it is not root.
 RUN mkdir -p data mlruns && chown -R 1000:1000 /workspace && behrt --version && python -c 'import mlflow, torch'
 USER 1000:1000
-VOLUME /workspace
 # Whether a run could keep what it trains, and behrt starts.
 HEALTHCHECK --interval=60s --timeout=30s --start-period=30s \
     CMD ["sh", "-c", "test -w data && test -w experiments && test -w sweeps && test -w mlruns && behrt --version"]

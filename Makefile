@@ -3,6 +3,8 @@
 # make bench: speed and memory beside Hugging Face and the guide's recipe, in some fifteen minutes on two cores.
 # make bench-quality: seconds until 90% of what can be learned is learned, beside the same, in up to an hour.
 # make soak:  the slow tests, and ten minutes of killed processes, failing servers and random input; nothing may be lost.
+# make image-check: build the image, by Docker or without a daemon by buildah; train, stop and go on in it.
+# make stack-check: the services of compose.yaml without Docker; twelve trials while PostgreSQL restarts and MLflow is killed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +14,7 @@ SYNPUF ?= $(wildcard ../shared/data/synpuf-meds)
 RECORDS := $(if $(SYNPUF),--synpuf $(SYNPUF))
 MEASURE := $(BIN)/python -W ignore experiments/throughput/measure.py
 
-.PHONY: train test bench bench-quality soak
+.PHONY: train test bench bench-quality soak image-check stack-check
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("behrt needs Python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else 0'
@@ -48,3 +50,9 @@ bench-quality: $(VENV)/.installed-bench
 soak: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 -m slow
 	OMP_NUM_THREADS=1 $(BIN)/python experiments/reliability/measure.py soak
+
+image-check: $(VENV)/.installed
+	$(BIN)/python -m tests.image_check
+
+stack-check: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stack

@@ -59,15 +59,31 @@ class StoreUnavailable(UserError):
         self.may_pass = may_pass
 
 
+UNKNOWN_HOST = r"Name or service not known|nodename nor servname|No address associated"
+
 LASTING_REASONS = re.compile(
-    r"error code 40[0134]\b|not a database|[Uu]nsupported|parse SQLAlchemy URL|Can't load plugin|No module named"
+    r"error code 40[0134]\b|not a database|[Uu]nsupported|parse SQLAlchemy URL|Can't load plugin|No module named|"
+    + UNKNOWN_HOST
 )
-"""In the words of MLflow and SQLAlchemy: what waiting does not mend."""
+"""In the words of MLflow, SQLAlchemy and the system: what waiting does not mend."""
+
+CREDENTIALS = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+MEANINGS = (
+    (
+        r"error code 401\b",
+        f"the server asks for a user and a password, and does not know those given; set {CREDENTIALS}",
+    ),
+    (r"Invalid Host header", "the server does not answer by this host name; name it in the server's --allowed-hosts"),
+    (UNKNOWN_HOST, "no host of this name is known; correct the name"),
+    (r"Connection refused", "nothing listens there; start the server, or correct the address"),
+)
+"""What is meant by errors of the same, and what helps."""
 
 
 def reason_of(error: Exception) -> str:
     """An error of the store in one line, without a password."""
-    return " ".join(str(error).replace(tracking_uri(), shown_uri()).split())[:200]
+    text = " ".join(str(error).replace(tracking_uri(), shown_uri()).split())
+    return next((meaning for pattern, meaning in MEANINGS if re.search(pattern, text)), text[:200])
 
 
 def may_pass(error: Exception) -> bool:
@@ -105,7 +121,7 @@ def tracking_uri() -> str:
 
 def shown_uri() -> str:
     """The same for people and files: without a password."""
-    return re.sub(r"//[^/@]*@", "//", tracking_uri())
+    return re.sub(r"(?i)(password=)[^&]*", r"\1***", re.sub(r"//[^/]*@", "//", tracking_uri()))
 
 
 def connect() -> MlflowClient:
@@ -127,8 +143,8 @@ def connect() -> MlflowClient:
 
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)  # making the tables is nothing to report
-    for name in ("sqlalchemy.pool", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # they print tracebacks; that the store failed, we say
+    for name in ("sqlalchemy.pool", "mlflow.store.db.utils", "urllib3.connectionpool"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # they print much; that the store failed, we say
     try:
         with ExitStack() as stack:
             if uri.startswith("sqlite:///"):

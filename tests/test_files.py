@@ -42,3 +42,14 @@ def test_json_that_would_not_be_json_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "a.json", {"loss": float("nan")})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_who_write_a_file_at_once_do_not_write_over_each_other(tmp_path: Path) -> None:
+    """Though they have one process id, as in two containers over one disk."""
+    with replacing_file(tmp_path / "a") as one:
+        one.write_text("one")
+        with replacing_file(tmp_path / "a") as other:
+            other.write_text("other")
+        assert (tmp_path / "a").read_text() == "other"
+    assert (tmp_path / "a").read_text() == "one"
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from behrt.config import UserError
-from behrt.sweep.coordinator import Crashes, keep_folder
+from behrt.sweep.coordinator import Crashes, Workers, keep_folder
 from behrt.sweep.trials import TrialState, tally
 
 from .test_sweep_trials import record
@@ -34,3 +34,13 @@ def test_a_folder_belongs_to_the_study_that_made_it(tmp_path: Path) -> None:
     keep_folder(tmp_path / "s", "one")
     with pytest.raises(UserError, match="belongs to another study of this name"):
         keep_folder(tmp_path / "s", "other")
+
+
+def test_the_logs_of_workers_are_told_apart_by_their_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The coordinators of several containers have the same process id, and one folder."""
+    monkeypatch.setattr(Workers, "start", lambda self, index: None)
+    logs = []
+    for host in ("one", "two"):
+        monkeypatch.setattr("socket.gethostname", lambda host=host: host)
+        logs.append(Workers(url="", study="s", count=1, deadline=None).log_file(0))
+    assert logs[0] != logs[1]

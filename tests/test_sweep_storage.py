@@ -4,10 +4,12 @@ import fcntl
 import json
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import optuna
@@ -225,7 +227,16 @@ def test_tables_of_another_version_of_optuna_are_refused(tmp_path: Path) -> None
 
 
 def test_a_wrong_password_is_refused(server: PostgresServer) -> None:
-    assert "password authentication failed" in refusal(server.url(password=SECRET))
+    text = refusal(server.url(password=SECRET))
+    assert "password authentication failed" in text
+    assert "correct user or password, in the URL or as PGPASSWORD" in text
+
+
+def test_a_password_may_come_from_the_environment(server: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"postgresql://behrt@127.0.0.1:{server.port}/postgres"
+    assert "set PGPASSWORD" in refusal(url, create=False)
+    monkeypatch.setenv("PGPASSWORD", PASSWORD)
+    assert "holds no study" in refusal(url, create=False)
 
 
 def test_a_database_that_does_not_exist_is_refused(server: PostgresServer) -> None:
@@ -235,6 +246,20 @@ def test_a_database_that_does_not_exist_is_refused(server: PostgresServer) -> No
 def test_a_server_that_is_not_there_is_refused() -> None:
     text = refusal(f"postgresql://me:{SECRET}@127.0.0.1:1/a")
     assert "postgresql+psycopg://me:***@127.0.0.1:1/a: cannot be opened" in text
+    assert "Start it, or correct the address" in text
+
+
+def test_a_host_that_is_not_known_is_refused() -> None:
+    assert "correct the host's name" in refusal(f"postgresql://me:{SECRET}@nowhere.invalid/a")
+
+
+def test_a_server_that_never_answers_is_left_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("behrt.sweep.storage.SECONDS_TO_CONNECT", 2)  # the client waits no shorter
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        began = time.monotonic()
+        text = refusal(f"postgresql://me:{SECRET}@127.0.0.1:{silent.getsockname()[1]}/a")
+    assert time.monotonic() - began < 5
+    assert "let this machine through to it" in text
 
 
 def test_a_server_that_restarts_takes_the_lock_away_and_gives_it_again(server: PostgresServer) -> None:

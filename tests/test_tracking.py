@@ -138,3 +138,50 @@ def test_telemetry_is_off() -> None:
     code = "import behrt.tracking, sys; from mlflow.telemetry import get_telemetry_client; "
     code += "sys.exit(get_telemetry_client() is not None)"
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        (
+            "API request to endpoint /a failed with error code 401 != 200. Response body: 'You are not",
+            "asks for a user",
+        ),
+        ("failed with error code 403 != 200. Response body: 'Invalid Host header - possible DNS", "--allowed-hosts"),
+        (
+            "(Caused by NameResolutionError(\"Failed to resolve 'a' ([Errno -2] Name or service not known",
+            "correct the name",
+        ),
+    ],
+)
+def test_what_a_server_refuses_for_good_is_said_with_what_helps(said: str, meant: str) -> None:
+    assert meant in tracking.reason_of(RuntimeError(said))
+    assert not tracking.may_pass(RuntimeError(said))
+
+
+def test_a_server_that_is_not_there_may_come() -> None:
+    error = RuntimeError("Max retries exceeded (Caused by NewConnectionError('[Errno 111] Connection refused'))")
+    assert tracking.may_pass(error)
+    assert "nothing listens there" in tracking.reason_of(error)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["http://me:hunter2@host:5000", "http://me:hun@ter2@host:5000", "postgresql://host/a?user=me&Password=hunter2"],
+)
+def test_an_address_is_shown_without_its_password(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert "ter2" not in tracking.shown_uri()
+    assert "host" in tracking.shown_uri()
+
+
+def test_a_run_in_an_image_names_the_commit_that_it_was_built_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "__file__", str(tmp_path / "behrt" / "tracking.py"))
+    tracking._commit_tag.cache_clear()
+    monkeypatch.setenv("BEHRT_REVISION", "0a1b2c")
+    try:
+        assert tracking._commit_tag() == {"mlflow.source.git.commit": "0a1b2c"}
+    finally:
+        tracking._commit_tag.cache_clear()

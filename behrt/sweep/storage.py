@@ -35,12 +35,23 @@ GRACE_SECONDS = 60
 """Without a sign of life, after which a trial's worker counts as dead."""
 PATIENCE_SECONDS = 60
 """Without an answer of the storage, after which it is given up."""
+SECONDS_TO_CONNECT = 5
+"""Without an answer of a server, after which a connection is not to be had."""
 
 SQLITE = b"SQLite format 3\0"
 """How every SQLite database begins that is not empty."""
 
 # Any number, the same for all who share a database: the name of the lock among the advisory locks of other programs.
 _POSTGRESQL_LOCK = 0x6265_6872_7400_0001
+
+REMEDIES = {
+    "no password supplied": "; write it into the URL, or set PGPASSWORD",
+    "password authentication failed": "; correct user or password, in the URL or as PGPASSWORD",
+    "failed to resolve host": "; correct the host's name",
+    "Connection refused": " Start it, or correct the address",
+    "timeout expired": "; correct the address, or let this machine through to it",
+}
+"""What helps, by what PostgreSQL and its client say."""
 
 T = TypeVar("T")
 
@@ -197,7 +208,7 @@ def _open_postgresql(url: URL, create: bool, heartbeat_seconds: int, grace_secon
     engine_options = {
         "pool_pre_ping": True,  # the server may have been restarted since the last epoch
         "connect_args": {
-            "connect_timeout": 10,
+            "connect_timeout": SECONDS_TO_CONNECT,
             # heartbeats are stored without a time zone: all clients have to mean the same one
             "options": f"{url.query.get('options', '')} -c timezone=UTC".strip(),
         },
@@ -285,4 +296,5 @@ def _reason(error: BaseException, url: str) -> str:
     origin = cause.orig if isinstance(cause, sqlalchemy.exc.DBAPIError) else cause
     text = " ".join(str(origin or error).split())
     password = sqlalchemy.make_url(url).password
-    return text.replace(str(password), "***") if password else text
+    remedy = next((remedy for words, remedy in REMEDIES.items() if words in text), "")
+    return (text.replace(str(password), "***") if password else text) + remedy
