@@ -62,9 +62,10 @@ ENV PATH=/opt/behrt/bin:${PATH} \
 WORKDIR /workspace
 COPY experiments experiments
 COPY sweeps sweeps
-# The user has a number, by which Kubernetes knows that it is not root.
-RUN mkdir -p data mlruns && chown -R 1000:1000 /workspace && behrt --version && python -c 'import mlflow, torch'
-USER 1000:1000
+# The user has a number, by which Kubernetes knows that it is not root. Where volumes are root's alone: USER_ID=0.
+ARG USER_ID=1000
+RUN mkdir -p data mlruns && chown -R "${USER_ID}:${USER_ID}" /workspace && behrt --version && python -c 'import mlflow, torch'
+USER ${USER_ID}:${USER_ID}
 # Whether a run could keep what it trains, and behrt starts.
 HEALTHCHECK --interval=60s --timeout=30s --start-period=30s \
     CMD ["sh", "-c", "test -w data && test -w experiments && test -w sweeps && test -w mlruns && behrt --version"]

@@ -1,4 +1,4 @@
-"""The services of `compose.yaml` as processes on loopback, without Docker: `python -m tests.stack` breaks and checks them.
+"""The services of `compose.yaml` as processes on loopback, without Docker; `python -m tests.stack` checks them.
 
 Commands, environments and health checks are those of the file; addresses and folders of the containers become those of
 this machine. PostgreSQL is the one of `postgres_server`.
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import psycopg
 import yaml
@@ -283,9 +284,13 @@ def check(
         assert len(folders) >= trials + 1
         assert read_run(folders[0])["status"] == "FINISHED"
         assert [point["epoch"] for point in read_history(folders[0])["val_loss"]] == list(range(1, epochs + 1))
-        written = "".join(stack.said(service) for service in ("mlflow", "trainer", "worker")) + said
-        assert MLFLOW_PASSWORD not in written
-        assert PASSWORD not in written
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        told = str([run.to_dictionary() for run in client.search_runs(experiments)]) + said
+        # what MLflow holds of the runs, and all that runs and servers wrote: logs, checkpoints, artifacts, users
+        written = told.encode() + b"".join(file.read_bytes() for file in root.rglob("*") if file.is_file())
+        for password in (PASSWORD, MLFLOW_PASSWORD):
+            assert password.encode() not in written
+            assert quote(password, safe="").encode() not in written
         tell(f"{trials} trials in PostgreSQL, {len(folders)} runs in MLflow: nothing is missing")
 
 

@@ -4,14 +4,18 @@ import importlib.util
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from contextlib import chdir
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import click
 import pytest
+import yaml
 
-from behrt.cli import main
+from behrt.cli import cli, main
 from behrt.config import load_experiment
 from behrt.doctor.explain import rules_page
 from behrt.files import write_json
@@ -100,6 +104,71 @@ def test_the_code_sets_of_tasks_are_read(tmp_path: Path) -> None:
     assert read_code_sets(tmp_path / "sets.yaml").names_of("MEDICATION//FERROUS SULFATE") == ("anaemia_treated",)
 
 
+def accept(command: click.Command, words: list[str]) -> None:
+    """Reads the words as the command line does; nothing is run."""
+    context = command.make_context("behrt", list(words))
+    if isinstance(command, click.Group):
+        _, inner, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+        assert inner is not None
+        accept(inner, rest)
+
+
+def commands_in_containers(text: str) -> list[list[str]]:
+    """What follows the image, or the trainer's service, of `docker run` and `docker compose run` lines."""
+    lines = re.findall(r"^docker (?:run|compose run) .*? (?:behrt|trainer) (.*)$", text, flags=re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def test_the_commands_for_containers_and_pods_are_commands() -> None:
+    text = "\n".join(blocks("README.md", "bash") + blocks("docs/pods.md", "bash")).replace("\\\n", " ")
+    found = commands_in_containers(text) + [
+        shlex.split(line.replace('"$@"', ""), comments=True)
+        for line in re.findall(r"\bbehrt ((?:train|sweep|sync)\b.*)$", text, re.MULTILINE)
+    ]
+    assert len(found) >= 15
+    for words in found:
+        accept(cli, words)
+
+
+def jobs_of_kubernetes() -> list[dict[str, Any]]:
+    return [yaml.safe_load(block) for block in blocks("docs/pods.md", "yaml")]
+
+
+def test_the_jobs_of_kubernetes_are_whole() -> None:
+    for job in jobs_of_kubernetes():
+        pod = job["spec"]["template"]["spec"]
+        assert (job["kind"], pod["restartPolicy"], pod["securityContext"]["runAsNonRoot"]) == ("Job", "Never", True)
+        (container,) = pod["containers"]
+        assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+        if "command" not in container:
+            accept(cli, container["args"])
+
+
+def test_a_job_goes_on_with_a_run_that_it_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shell of each, beside programs that say what they were given."""
+    for name in ("behrt", "srun"):
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f'#!/bin/sh\necho {name} "$@"\n')
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "behrt.env").touch()
+    (kubernetes,) = [
+        c["args"][0]
+        for job in jobs_of_kubernetes()
+        for c in job["spec"]["template"]["spec"]["containers"]
+        if "command" in c
+    ]
+    (slurm,) = [block for block in blocks("docs/pods.md", "bash") if "--job-name=train" in block]
+    for script in (kubernetes, slurm):
+        for begun, flags in ((False, "--data data/mine --experiment mine"), (True, "--resume experiments/mine")):
+            place = tmp_path / f"{len(script)}-{begun}"
+            (place / "experiments" / "mine" / "checkpoints" / "last").mkdir(parents=True) if begun else place.mkdir()
+            said = subprocess.run(["bash", "-c", script], cwd=place, capture_output=True, text=True, check=True).stdout
+            assert said.strip().endswith(f"behrt train {flags}")
+
+
 def test_the_readmes_python_runs(capsys: pytest.CaptureFixture) -> None:
     for block in blocks("README.md", "python"):
         exec(compile(block, "README.md", "exec"), {})
@@ -108,7 +177,7 @@ def test_the_readmes_python_runs(capsys: pytest.CaptureFixture) -> None:
 
 def test_the_readme_names_both_make_targets() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make (\w+)", "\n".join(blocks("README.md", "bash")), flags=re.MULTILINE):
+    for target in re.findall(r"^make ([\w-]+)", "\n".join(blocks("README.md", "bash")), flags=re.MULTILINE):
         assert f"\n{target}:" in makefile
 
 
@@ -116,7 +185,10 @@ def test_the_readme_names_both_make_targets() -> None:
     "document",
     [
         "README.md",
-        *(f"docs/{name}.md" for name in ("architecture", "learning", "doctor", "records", "rules", "sweeps", "tasks")),
+        *(
+            f"docs/{name}.md"
+            for name in ("architecture", "learning", "doctor", "pods", "records", "rules", "sweeps", "tasks")
+        ),
     ],
 )
 def test_links_and_pictures_are_there(document: str) -> None:

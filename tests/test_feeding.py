@@ -70,9 +70,11 @@ def test_a_server_that_is_down_costs_no_epoch_and_sync_brings_all_of_it(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", dead_address())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", dead_address().replace("//", "//me:hunter2@"))
     assert main(flags_of(workspace)) == 0
-    assert "to send the rest: behrt sync experiments/run" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "to send the rest: behrt sync experiments/run" in said
+    assert "hunter2" not in said
     about = read_run(run_in(tmp_path))
     assert (about["status"], about["epochs"], about["tracking_complete"], about["run_id"]) == (
         "FINISHED",
@@ -89,6 +91,7 @@ def test_a_server_that_is_down_costs_no_epoch_and_sync_brings_all_of_it(
     assert main(["sync", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"experiments/run": "complete"}
     assert_all_in_mlflow_once(tmp_path, run_in(tmp_path))
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and b"hunter2" in file.read_bytes()]
 
 
 def test_a_server_that_never_answers_is_left_after_its_patience(

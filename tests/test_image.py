@@ -100,7 +100,9 @@ def test_the_base_has_the_torch_that_is_pinned() -> None:
 
 
 def test_it_does_not_run_as_root_and_kubernetes_can_tell() -> None:
-    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", last("USER"))
+    assert last("USER") == "${USER_ID}:${USER_ID}"
+    (default,) = [rest for word, rest in INSTRUCTIONS if word == "ARG" and rest.startswith("USER_ID=")]
+    assert int(default.partition("=")[2]) > 0
 
 
 def test_its_first_process_is_behrt_itself_so_that_signals_reach_it() -> None:

@@ -1,4 +1,4 @@
-"""Do the services of `compose.yaml` come through a server that restarts and one that is killed? `make stack-check` in short."""
+"""Do the services of `compose.yaml` come through servers that fail? `make stack-check` in short."""
 
 import logging
 from pathlib import Path
