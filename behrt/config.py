@@ -378,6 +378,8 @@ class TaskSettings(Section):
         from_scratch: train an encoder of that run's shape from random weights instead.
         gap: days before a prediction that are hidden.
         max_labels: use only so many training labels, by the seed of the training.
+        head_start: where the head begins: at the best linear probe of the encoder as it is (`tasks/probing.py`), or at
+            scores that are the same for everybody.
     """
 
     task: str
@@ -387,6 +389,7 @@ class TaskSettings(Section):
     gap: float = Field(default=0.0, ge=0, le=100_000)
     class_weights: Literal["none", "balanced"] = "none"
     max_labels: int | None = Field(default=None, ge=1, le=MAX_SEED)
+    head_start: Literal["probe", "prevalence"] = "probe"
 
     @field_validator("task")
     @classmethod

@@ -58,7 +58,7 @@ from behrt.stopper import Stopper
 from behrt.tasks.assessment import may_be_told
 from behrt.tasks.example_batches import ExampleLayout, ExampleSet, ExampleSteps
 from behrt.tasks.examples import Examples, LabelledRecords, read_examples
-from behrt.tasks.finetuned import TaskDescription, predict_logits
+from behrt.tasks.finetuned import TaskDescription, predict_logits, vectors_of
 from behrt.tasks.heads import (
     BEHRTForTask,
     balanced_weights,
@@ -69,6 +69,7 @@ from behrt.tasks.heads import (
     risk,
 )
 from behrt.tasks.metrics import auroc, harrell_c
+from behrt.tasks.probing import Probe, fit_probe
 from behrt.tracking import PARENT_TAG
 from behrt.trainer import Trainer
 
@@ -192,6 +193,24 @@ def build_task_model(
     else:
         set_trainable(model, freeze_base=adaptation.freeze_base, train_embeddings=adaptation.train_embeddings)
     return model, base, transplanted
+
+
+def start_at_probe(
+    model: BEHRTForTask, found: TaskData, layout: ExampleLayout, scores: list[float], device: torch.device
+) -> Probe:
+    """Sets the head to the linear probe of the encoder as it is; where that weighs nothing, the head stays.
+
+    Weights of 0 would pass no gradient on to the encoder.
+    """
+    training, tuning = (
+        (vectors_of(model.behrt, ExampleSet(part, layout), device), part) for part in (found.training, found.tuning)
+    )
+    probe = fit_probe(found.task, training, tuning, scores)
+    if probe.weight.any():
+        with torch.no_grad():
+            model.head.linear.weight.copy_(probe.weight)
+            model.head.linear.bias.copy_(probe.bias)
+    return probe
 
 
 class SameForAll(nn.Module):
@@ -347,6 +366,9 @@ def finetune(
             write_run(result, run_folder, feeder, status="RUNNING")
             listener.started(start)
             model.to(device)
+            if settings.task.head_start == "probe":
+                probe = start_at_probe(model, found, layout, scores, device)
+                feeder.add_figures({"probe_tuning_loss": probe.tuning_loss, "probe_penalty": probe.penalty})
             with tolerated("the pre-flight"):
                 facts = probe_task(model, task, steps, settings, device=device, precision=precision)
                 result.checkup = Checkup(facts)

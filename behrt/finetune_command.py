@@ -54,6 +54,13 @@ mode_options = options(
     help="Weigh true and false labels so that both count alike; probabilities are put right.  [default: none]",
 )
 @click.option("--max-labels", type=int, default=None, help="Use only so many training labels, by --seed.")
+@click.option(
+    "--head-start",
+    type=click.Choice(["probe", "prevalence"]),
+    default=None,
+    help="Begin at the best linear probe of the encoder, or at the share of true labels.  "
+    "[default: probe; --from-scratch: prevalence]",
+)
 @click.option("--from-scratch", is_flag=True, help="A random encoder of the run's shape instead of its weights.")
 @mode_options
 @training_options
@@ -69,6 +76,7 @@ def finetune(
     gap: float | None,
     class_weights: str | None,
     max_labels: int | None,
+    head_start: str | None,
     from_scratch: bool,
     experiment: str | None,
     out: Path | None,
@@ -77,7 +85,7 @@ def finetune(
     **flags: Any,
 ) -> None:
     """Teach a pre-trained run to predict a task: adapters and a head, on labels of prepared records."""
-    of_task = {"gap": gap, "class_weights": class_weights, "max_labels": max_labels}
+    of_task = {"gap": gap, "class_weights": class_weights, "max_labels": max_labels, "head_start": head_start}
     with first_import("torch"):
         from behrt.console import TerminalListener
         from behrt.finetune import finetune as recipe

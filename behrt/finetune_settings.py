@@ -30,6 +30,8 @@ def finetune_settings(
     """
     shape = _pretrained_shape(run)
     from_scratch = bool(of_task.get("from_scratch"))
+    if from_scratch and of_task.setdefault("head_start", "prevalence") == "probe":
+        raise UserError("--head-start probe: a random encoder has nothing to probe; leave it out")
     use_lora = flags.get("use_lora", not from_scratch)
     head_only = not use_lora and flags.get("freeze_base", False)
     if not use_lora:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from behrt.cli import main
 from behrt.config import UserError
+from behrt.feeding import TrackingRecord
 from behrt.history import read_history, read_run
 from behrt.lifecycle import train_epochs
 from behrt.model import BEHRT
@@ -125,6 +126,20 @@ def test_from_scratch_has_the_shape_of_the_run_and_none_of_its_weights(runs: Run
     table, other = base.embeddings.codes.weight.flatten(), fresh.embeddings.codes.weight.flatten()
     assert abs(np.corrcoef(table.detach(), other.detach())[0, 1]) < 0.05
     assert read_run(runs["scratch"])["task"]["labels"]["train"] == 50
+
+
+def test_training_begins_at_the_linear_probe_of_the_encoder(workspace: Workspace, here: None) -> None:
+    losses, figures = {}, {}
+    for start in ("probe", "prevalence"):
+        still = ["--no-use-lora", "--freeze-base", "--lr", "1e-9", "--head-start", start]
+        assert finetune(workspace, "--experiment", f"from_{start}", *still) == 0
+        folder = workspace.root / "experiments" / f"from_{start}"
+        losses[start] = read_run(folder)["best_val_loss"]
+        figures[start] = TrackingRecord.load(folder).figures
+    assert losses["probe"] == pytest.approx(figures["probe"]["probe_tuning_loss"], abs=1e-4)
+    assert losses["prevalence"] == pytest.approx(figures["prevalence"]["prevalence_loss"], abs=1e-3)
+    assert losses["probe"] <= losses["prevalence"] + 1e-3
+    assert "probe_tuning_loss" not in figures["prevalence"]
 
 
 def test_the_best_checkpoint_gives_the_best_loss_again(runs: Runs, here: None) -> None:
@@ -417,6 +432,7 @@ def test_a_run_that_was_lost_is_judged_by_its_best_weights(
         (["--max-labels", "1"], "all 1 training labels are the same"),
         (["--lora-rank", "4", "--no-use-lora"], "--lora-rank: has no effect"),
         (["--lora-rank", "4000"], "--lora-rank 4000"),
+        (["--from-scratch", "--head-start", "probe"], "--head-start probe: a random encoder"),
         (["--from-scratch", "--freeze-base"], "--freeze-base: leaves a random encoder random"),
         (["--labels", "none.parquet"], "none.parquet: no such file"),
         (["--labels", "odd.parquet"], "expected binary or multilabel or survival"),

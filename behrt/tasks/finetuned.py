@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from behrt.adapter_files import load_adapter
+from behrt.batches import PackedBatch
 from behrt.checkpoints import Base, holds_everything, load_trained, make_base, read_about
 from behrt.config import UserError
 from behrt.model import BEHRT
@@ -88,16 +89,22 @@ class TaskDescription:
         """The loss of a batch, summed over the labels that are known, or over the patients of a survival task."""
         return self._survival_sums if self.kind == "survival" else self._binary_sums
 
+    def summed_loss(self, logits: torch.Tensor, targets: torch.Tensor, days: torch.Tensor) -> torch.Tensor:
+        """The loss of scores, [examples, outputs], summed as `loss` has it; the rest as of `ExampleBatch`."""
+        if self.kind == "survival":
+            return survival_loss(logits, days, targets[:, 0] > 0, logits.new_tensor(self.edges))
+        return binary_loss(logits, targets, logits.new_tensor(self.weights) if self.weights else None)
+
     def _binary_sums(self, model: nn.Module, batch: ExampleBatch) -> LossSums:
         logits = scores_of(model, batch)
-        weights = torch.tensor(self.weights, device=logits.device) if self.weights else None
         hits = (((logits > self._shift(logits)) == (batch.targets > 0)) & known_labels(batch.targets)).sum()
-        return LossSums(binary_loss(logits, batch.targets, weights), None if model.training else hits)
+        return LossSums(self.summed_loss(logits, batch.targets, batch.days), None if model.training else hits)
 
     def _survival_sums(self, model: nn.Module, batch: ExampleBatch) -> LossSums:
         logits = scores_of(model, batch)
         asked = batch.days, batch.targets[:, 0] > 0, torch.tensor(self.edges, device=logits.device)
-        return LossSums(survival_loss(logits, *asked), None if model.training else survival_hits(logits, *asked))
+        loss = self.summed_loss(logits, batch.targets, batch.days)
+        return LossSums(loss, None if model.training else survival_hits(logits, *asked))
 
     def _shift(self, logits: torch.Tensor) -> torch.Tensor:
         """What weights in the loss add to the logits, [names]: without it, probabilities would be too high."""
@@ -232,16 +239,25 @@ def embed(
         UserError: no such run, or one that cannot be loaded.
     """
     run = load_finetuned(target) if is_finetuned(target) else load_run(target)
-    device = device or torch.device("cpu")
-    encoder = run.model.behrt.to(device).eval()
-    layout = ExampleLayout(encoder.config.max_position, ids_of_model(data.vocabulary, run.vocabulary))
-    parts = []
-    with torch.inference_mode():
-        for batch in ExampleSet(examples, layout):
-            packed = batch.packed.to(device)
-            vectors = patient_vectors(
-                encoder, packed.codes, packed.ages, packed.visits, packed.segments,
-                positions=packed.positions, owners=packed.labels,
-            )  # fmt: skip
-            parts.append(vectors.cpu().numpy())
-    return np.concatenate(parts)
+    layout = ExampleLayout(run.model.config.max_position, ids_of_model(data.vocabulary, run.vocabulary))
+    return vectors_of(run.model.behrt, ExampleSet(examples, layout), device or torch.device("cpu")).numpy()
+
+
+def vectors_of(encoder: BEHRT, batches: ExampleSet, device: torch.device) -> torch.Tensor:
+    """What a head reads of all rows, float32 [rows, 2 · hidden_dim] on the CPU; the encoder is left on the device."""
+    encoder.to(device)
+    was_training = encoder.training
+    encoder.eval()
+    try:
+        with torch.inference_mode():
+            parts = [_vectors_of_batch(encoder, batch.packed.to(device)).cpu() for batch in batches]
+    finally:
+        encoder.train(was_training)
+    return torch.cat(parts)
+
+
+def _vectors_of_batch(encoder: BEHRT, packed: PackedBatch) -> torch.Tensor:
+    return patient_vectors(
+        encoder, packed.codes, packed.ages, packed.visits, packed.segments,
+        positions=packed.positions, owners=packed.labels,
+    )  # fmt: skip
