@@ -6,10 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from behrt.checkpoints import read_about
-from behrt.config import FLAGS, SIZES, BEHRTConfig, FinetuneSettings, UserError, describe_validation_error, lay_over
+from behrt.config import (
+    FLAGS,
+    SIZES,
+    BEHRTConfig,
+    ExperimentSettings,
+    FinetuneSettings,
+    UserError,
+    build_finetune_settings,
+    lay_over,
+)
 from behrt.runs import checkpoint_folder
 
 DEFAULTS: dict[str, Any] = {"epochs": 30, "batch_size": 32, "early_stopping_patience": 5}
@@ -53,13 +60,16 @@ def finetune_settings(
         "training": {**DEFAULTS, "lr": rate},
         "task": {"task": task, "labels": str(labels), "from_run": run, **of_task},
     }
-    try:
-        settings = FinetuneSettings.model_validate(lay_over(nested, flags))
-    except ValidationError as error:
-        raise UserError(describe_validation_error(error, FinetuneSettings, FLAGS)) from None
+    settings = build_finetune_settings(lay_over(nested, flags), where=FLAGS)
     if from_scratch and head_only:
         raise UserError("--freeze-base: leaves a random encoder random, with --from-scratch; leave one of them out")
     return settings
+
+
+def settings_to_go_on(begun: ExperimentSettings, flags: Mapping[str, Any], **of_task: Any) -> FinetuneSettings:
+    """Those that a fine-tuning was begun with, and over them what is given."""
+    nested = lay_over(begun.model_dump(mode="json"), flags)
+    return build_finetune_settings({**nested, "task": {**nested["task"], **of_task}}, where=FLAGS)
 
 
 def _pretrained_shape(run: str) -> BEHRTConfig:

@@ -29,10 +29,10 @@ LAYERS = (
         "tasks.readmission", "tasks.disease", "tasks.survival", "tasks.phenotyping", "tasks.building",
         "tasks.features", "tasks.intervals", "tasks.metrics", "tasks.examples",
         "tasks.heads", "tasks.example_batches", "tasks.finetuned", "tasks.weighted", "tasks.baselines",
-        "tasks.assessment", "tasks.predictions", "tasks.task_plots",
+        "tasks.assessment", "tasks.training_labels", "tasks.predictions", "tasks.task_plots",
     ),
-    ("stopper", "run_report", "resume", "keeping", "lifecycle", "pretrain", "finetune_settings", "finetune", "embed",
-     "evaluation_report", "evaluate"),
+    ("stopper", "run_report", "resume", "changes", "keeping", "lifecycle", "pretrain", "finetune_settings", "finetune",
+     "embed", "evaluation_report", "evaluate"),
     (
         "sweep.space", "sweep.settings", "sweep.samplers", "sweep.trials", "sweep.storage", "sweep.liveness",
         "sweep.definitions", "sweep.study", "sweep.summary", "sweep.figures", "sweep.tracked", "sweep.trial",

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from behrt.adapter_files import load_adapter
-from behrt.checkpoints import Base, holds_everything, load_trained, make_base, read_about
+from behrt.checkpoints import Base, Checkpoint, holds_everything, load_checkpoint, load_trained, make_base, read_about
 from behrt.config import UserError
 from behrt.model import BEHRT
-from behrt.runs import checkpoint_folder, load_base_again, load_run
+from behrt.runs import checkpoint_folder, load_base_again
 from behrt.sequences import PreparedData
 from behrt.tasks.example_batches import ExampleBatch, ExampleLayout, ExampleSet, ids_of_model
 from behrt.tasks.examples import PREDICTED, Examples
@@ -137,11 +137,6 @@ class Finetuned:
     base: Base
 
 
-def is_finetuned(target: str | Path) -> bool:
-    """Whether a run (folder, checkpoint folder or MLflow run id) is a fine-tuned one. Raises as `load_finetuned`."""
-    return read_about(checkpoint_folder(target)).task is not None
-
-
 def load_finetuned(target: str | Path, *, checkpoint: str = "best") -> Finetuned:
     """The model of a fine-tuned run, and what it predicts.
 
@@ -170,6 +165,13 @@ def load_finetuned_checkpoint(folder: Path) -> Finetuned:
     else:
         load_trained(model, folder)
     return Finetuned(model.eval(), task, vocabulary, about.epoch, about.base)
+
+
+def load_saved(folder: Path) -> Checkpoint | Finetuned:
+    """The model of one checkpoint of any run. Raises `UserError` as `load_checkpoint` and `load_finetuned` do."""
+    if read_about(folder).task is None:
+        return load_checkpoint(folder, load_base=load_base_again)
+    return load_finetuned_checkpoint(folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +233,7 @@ def embed(
     Raises:
         UserError: no such run, or one that cannot be loaded.
     """
-    run = load_finetuned(target) if is_finetuned(target) else load_run(target)
+    run = load_saved(checkpoint_folder(target))
     device = device or torch.device("cpu")
     encoder = run.model.behrt.to(device).eval()
     layout = ExampleLayout(encoder.config.max_position, ids_of_model(data.vocabulary, run.vocabulary))
