@@ -92,8 +92,10 @@ def evaluate(
     settings = read_settings(folder)
     if settings.data.data is None and data is None:
         raise UserError(f"{folder}: does not say which records it was trained on; name them with --data")
-    prepared = open_prepared(data or Path(str(settings.data.data)))
+    prepared = _records(data, Path(str(settings.data.data)))
     label_file = labels or Path(settings.task.labels)
+    if labels is None and not label_file.exists():
+        raise UserError(f"{label_file}: the labels of the training are not there any more; name them with --labels")
     task = finetuned.task
     for name in {split, "train", "tuning"}:
         prepared.split(name).check(len(prepared.vocabulary))
@@ -167,6 +169,16 @@ def read_settings(folder: Path) -> FinetuneSettings:
         raise UserError(f"{path}: no such file; name the folder of a fine-tuned run, with all that is in it") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError):
         raise UserError(f"{path}: is damaged, or not of a fine-tuned run; fine-tune again") from None
+
+
+def _records(named: Path | None, of_training: Path) -> PreparedData:
+    """The records that are named, else those of the training, which may have moved since."""
+    if named is not None:
+        return open_prepared(named)
+    try:
+        return open_prepared(of_training)
+    except UserError as error:
+        raise UserError(f"{error}; where the records of the training have moved, name them with --data") from None
 
 
 def _differences_from_training(

@@ -174,6 +174,11 @@ def embed(
         from behrt.devices import choose_device
         from behrt.embed import write_embeddings
 
+    if labels is None:
+        click.echo(
+            "Without --labels each vector sees its whole record, with the outcomes in it: not for predicting these",
+            err=True,
+        )
     about = write_embeddings(run, data, out, labels=labels, gap=gap, splits=splits, device=choose_device(device))
     click.echo(f"{about['rows']:,} vectors of {about['width']} numbers in {out}", err=True)
     if as_json:

@@ -204,3 +204,19 @@ def test_a_small_split_is_told_of_with_care(evaluated):
     assert found["patients"] == 30
     assert all(group["patients"] is None for group in found["subgroups"])
     assert found["figures"] == [] or np.isfinite(found["metrics"]["behrt"]["auroc"]["value"])
+
+
+@pytest.mark.parametrize(("what", "flag"), [("data", "--data"), ("labels", "--labels")])
+def test_records_and_labels_that_have_moved_are_asked_for(runs, capfd, what, flag):
+    """As the settings of a run name them, which was trained elsewhere."""
+    settings = runs / "judged_disease" / "logs" / "settings.yaml"
+    whole = settings.read_text()
+    settings.write_text(re.sub(rf"(?m)^  {what}: .*$", f"  {what}: gone", whole))
+    try:
+        with chdir(runs.parent):
+            assert main(["evaluate", "experiments/judged_disease"]) == 2
+    finally:
+        settings.write_text(whole)
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert line.startswith("behrt: gone: ")
+    assert flag in line

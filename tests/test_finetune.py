@@ -328,9 +328,12 @@ def test_what_comes_after_the_prediction_time_changes_no_score(runs: Runs, here:
 # Vectors
 
 
-def test_each_patient_has_a_vector_at_the_end_of_the_record(runs: Runs, here: None, tmp_path: Path) -> None:
+def test_each_patient_has_a_vector_at_the_end_of_the_record(
+    runs: Runs, here: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "patients.parquet"
     assert main(["embed", "experiments/full", "--data", str(runs.workspace.prepared), "--out", str(out)]) == 0
+    assert "Without --labels each vector sees its whole record, with the outcomes in it" in capsys.readouterr().err
     assert stat.S_IMODE(out.stat().st_mode) == 0o600
     table = pl.read_parquet(out)
     assert table.schema == {

@@ -150,7 +150,8 @@ def read_examples(
         names: of a multi-label task, in that order; those of the file have to be the same. None: those of the file.
 
     Raises:
-        UserError: see `read_labels`; labels of another kind or of other names; no row of the file can be used.
+        UserError: see `read_labels`; labels of another kind or of other names; a patient in two splits; no row of the
+            file can be used.
     """
     labels = read_labels(path)
     if labels.kind not in kinds:
@@ -166,6 +167,12 @@ def read_examples(
         for name in SPLITS
         for ids in [data.split(name).subject_ids()]
     )
+    repeated = int(everyone["subject_id"].is_duplicated().sum())
+    if repeated:
+        raise UserError(
+            f"{data.folder}: is damaged: patients stand in more than one of its splits ({repeated} rows); a model "
+            "would be judged on patients that it has seen: prepare the records again"
+        )
     joined = rows.join(everyone, on="subject_id", how="inner", maintain_order="left")
     counts = {"rows": rows.height, "no_patient": rows.height - joined.height, "nothing_visible": 0}
     found = {}
