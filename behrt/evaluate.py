@@ -43,9 +43,10 @@ from behrt.tasks.assessment import (
     subgroups,
     verdict,
 )
-from behrt.tasks.baselines import Baseline, fit_baselines, history_of, threads_for
+from behrt.tasks.baselines import Baseline, fit_baselines, threads_for
 from behrt.tasks.examples import Examples, read_examples
 from behrt.tasks.finetuned import Finetuned, load_finetuned, predict
+from behrt.tasks.histories import history_of
 from behrt.tasks.intervals import DRAWS
 from behrt.tasks.predictions import write_predictions
 from behrt.tasks.task_plots import draw_evaluation

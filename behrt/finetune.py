@@ -19,6 +19,7 @@ from torch import nn
 
 from behrt.changes import changes_of
 from behrt.checkpoints import Base, Transplant, make_base, read_base, save_checkpoint
+from behrt.concordance import harrell_c
 from behrt.config import FinetuneSettings, UserError
 from behrt.devices import choose_device, choose_precision
 from behrt.doctor.checkup import Checkup, tolerated
@@ -55,7 +56,7 @@ from behrt.stopper import Stopper
 from behrt.tasks.example_batches import ExampleLayout, ExampleSet, ExampleSteps
 from behrt.tasks.finetuned import TaskDescription, predict_logits
 from behrt.tasks.heads import BEHRTForTask, risk
-from behrt.tasks.metrics import auroc, harrell_c
+from behrt.tasks.metrics import auroc
 from behrt.tasks.training_labels import first_scores, read_task_data, task_baselines
 from behrt.tracking import PARENT_TAG
 from behrt.trainer import Trainer

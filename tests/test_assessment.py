@@ -9,6 +9,7 @@ from scipy.sparse import csr_array
 from sklearn.metrics import f1_score, roc_auc_score
 from sksurv.nonparametric import kaplan_meier_estimator
 
+from behrt.concordance import harrell_c
 from behrt.tasks.assessment import (
     BEHRT,
     CEILING,
@@ -22,7 +23,7 @@ from behrt.tasks.assessment import (
 )
 from behrt.tasks.examples import Examples
 from behrt.tasks.intervals import Estimate, patient_bootstrap
-from behrt.tasks.metrics import choose_thresholds, harrell_c, time_dependent_c
+from behrt.tasks.metrics import choose_thresholds, time_dependent_c
 from behrt.tasks.predictions import write_predictions
 from behrt.tasks.task_plots import survival_of
 

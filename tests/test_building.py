@@ -11,12 +11,12 @@ from meds.schema import LabelSchema
 
 from behrt.cli import main
 from behrt.files import FolderLock
+from behrt.labels import read_labels
 from behrt.labels_command import TASKS
 from behrt.prepare_options import PrepareOptions
 from behrt.sources.meds import open_meds
 from behrt.tasks import building
 from behrt.tasks.building import OPTIONS, Task, label_events
-from behrt.tasks.labels import read_labels
 from behrt.tasks.task_options import DiseaseOptions, NextVisitOptions
 
 from .small_records import events, write_meds

@@ -19,8 +19,8 @@ from sksurv.metrics import concordance_index_censored
 from behrt.ceiling import ceiling
 from behrt.cli import main
 from behrt.history import read_run
+from behrt.labels import write_labels
 from behrt.tasks import baselines
-from behrt.tasks.labels import write_labels
 
 from .conftest import Workspace
 

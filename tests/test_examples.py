@@ -8,11 +8,11 @@ import polars as pl
 import pytest
 
 from behrt.config import UserError
+from behrt.labels import write_labels
 from behrt.prepare import prepare
 from behrt.prepare_options import PrepareOptions
 from behrt.sequences import PreparedData, open_prepared
 from behrt.tasks.examples import LabelledRecords, last_moments, read_examples
-from behrt.tasks.labels import write_labels
 
 from .small_records import BIRTH, day, events, write_meds
 

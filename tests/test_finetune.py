@@ -22,6 +22,7 @@ from behrt.config import FinetuneSettings, UserError
 from behrt.finetune import finetune as recipe
 from behrt.finetune_settings import finetune_settings
 from behrt.history import read_history, read_run
+from behrt.labels import write_labels
 from behrt.lifecycle import train_epochs
 from behrt.model import BEHRT
 from behrt.runs import load_run
@@ -29,7 +30,6 @@ from behrt.sequences import PreparedData, PreparedSplit, open_prepared
 from behrt.tasks.example_batches import ExampleLayout, ExampleSet
 from behrt.tasks.examples import Examples, read_examples
 from behrt.tasks.finetuned import embed, load_finetuned, predict
-from behrt.tasks.labels import write_labels
 from behrt.tasks.metrics import auroc
 
 from .conftest import Workspace

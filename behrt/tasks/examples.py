@@ -18,10 +18,10 @@ import polars as pl
 from behrt.batches import FlatSequences
 from behrt.config import UserError
 from behrt.events import SPLITS
+from behrt.labels import Labels, read_labels
 from behrt.masking import Stream, stream
 from behrt.sequences import PreparedData, PreparedSplit
 from behrt.tasks.features import visible
-from behrt.tasks.labels import Labels, read_labels
 from behrt.vocabulary import SEP
 
 PREDICTED = ("binary", "multilabel", "survival")
