@@ -50,6 +50,7 @@ from behrt.tasks.histories import history_of
 from behrt.tasks.intervals import DRAWS
 from behrt.tasks.predictions import write_predictions
 from behrt.tasks.task_plots import draw_evaluation
+from behrt.tasks.training_labels import labels_digest
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +86,8 @@ def evaluate(
         progress: told of stages.
 
     Raises:
-        UserError: no such run, a pre-trained one; labels or records that are missing, damaged, or of another task; no
-            label of a patient of the split.
+        UserError: no such run, a pre-trained one; labels or records that are missing or damaged; labels of another
+            kind, of other names, or of what the file itself calls another task; no label of a patient of the split.
     """
     folder = locate_run(run)
     finetuned = load_finetuned(folder)
@@ -101,6 +102,11 @@ def evaluate(
     for name in {split, "train", "tuning"}:
         prepared.split(name).check(len(prepared.vocabulary))
     records = read_examples(label_file, prepared, gap=task.gap, names=task.names, kinds=(task.kind,))
+    if None not in (task.labels_of, records.task) and records.task != task.labels_of:
+        raise UserError(
+            f"{label_file}: holds labels of {records.task!r}, and the run predicts {task.labels_of!r}; name labels of "
+            "its own task with --labels"
+        )
     examples, tuning, train = records[split], records["tuning"], records["train"]
     if not len(examples):
         raise UserError(f"{label_file}: no row of a patient of the {split} split of {prepared.folder}")
@@ -143,10 +149,10 @@ def evaluate(
             for number, name in enumerate(examples.names)
         },
         assessment=assessment,
-        sentences=[
-            *_differences_from_training(folder, settings, prepared, labels, records.counts),
-            *verdict(assessment, task=task.name, patients=len(np.unique(examples.patients))),
-        ],
+        notes=_differences_from_training(
+            folder, settings, prepared, label_file, labels_digest(train, tuning), records.counts
+        ),
+        sentences=verdict(assessment, task=task.name, patients=len(np.unique(examples.patients))),
         about_baselines={each.name: each.about for each in baselines},
         ceiling=None if best is None else replace(best[0], share_reached=assessment.share_of_ceiling),
         subgroups=subgroups(examples, predictors, groups, tuning=tuning, train=train, draws=draws, seed=seed),
@@ -183,13 +189,23 @@ def _records(named: Path | None, of_training: Path) -> PreparedData:
 
 
 def _differences_from_training(
-    folder: Path, settings: FinetuneSettings, data: PreparedData, labels: Path | None, counts: Mapping[str, int]
+    folder: Path,
+    settings: FinetuneSettings,
+    data: PreparedData,
+    labels: Path,
+    digest: str,
+    counts: Mapping[str, int],
 ) -> list[str]:
     """What whoever reads the figures has to know of labels and records, in sentences."""
     found = []
-    if labels is not None and labels.resolve() != Path(settings.task.labels).resolve():
-        found.append("The labels are others than those that the run was trained on; so are those of the baselines.")
-    if data.digest != read_run(folder).get("dataset", {}).get("digest"):
+    run = read_run(folder)
+    known = (run.get("task") or {}).get("labels_digest")
+    if known != digest if known is not None else labels.resolve() != Path(settings.task.labels).resolve():
+        found.append(
+            f"The labels ({labels.name}) are others than those that the run was trained on; the baselines are fitted "
+            "on these others."
+        )
+    if data.digest != run.get("dataset", {}).get("digest"):
         found.append(
             "The records are others than those that the run was trained on, and patients of its training may be among "
             "them."

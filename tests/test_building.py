@@ -111,7 +111,8 @@ def test_many_code_sets_are_worked_on_for_few_patients_at_a_time(source: Path, m
 
 def test_one_code_set_gives_the_file_of_a_binary_task(source: Path) -> None:
     main(["labels", "disease", "meds", "--out", "a.parquet", "--code-sets", "sets.yaml", "--code-set", "heart"])
-    assert read_labels(Path("a.parquet")).kind == "binary"
+    labels = read_labels(Path("a.parquet"))
+    assert (labels.kind, labels.task) == ("binary", "disease, heart")
 
 
 def test_prepared_records_say_how_the_source_is_read(source: Path) -> None:

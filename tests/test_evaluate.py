@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import stat
 from collections.abc import Callable
 from contextlib import chdir, redirect_stdout
@@ -178,7 +179,14 @@ def test_on_shuffled_labels_the_interval_holds_a_half(evaluated, workspace, runs
     own = found["metrics"]["behrt"]["auroc"]
     assert own["low"] < 0.5 < own["high"]
     assert found["ceiling"] is None
-    assert found["verdict"][0].startswith("The labels are others than those that the run was trained on")
+    assert found["verdict"][0].startswith("The labels (mixed.parquet) are others than those that the run was")
+
+
+def test_the_same_labels_in_another_place_are_no_others(evaluated, workspace, runs):
+    table = pl.read_parquet(labels_of(workspace, "disease")).sample(fraction=1.0, shuffle=True, seed=1)
+    write_labels(runs.parent / "moved.parquet", [table], ("boolean_value",))
+    found = evaluated(*DISEASE, "--labels", str(runs.parent / "moved.parquet"), "--no-baselines")
+    assert found["verdict"] == []
 
 
 @pytest.mark.parametrize(
@@ -190,10 +198,16 @@ def test_on_shuffled_labels_the_interval_holds_a_half(evaluated, workspace, runs
         ),
         (["experiments/nowhere"], r"^behrt: experiments/nowhere: no such folder, [^\n]*$"),
         (["experiments/judged_disease", "--labels", "two.parquet"], r"^behrt: two\.parquet: holds multilabel [^\n]*$"),
+        (
+            ["experiments/judged_disease", "--labels", "readmission.parquet"],
+            r"^behrt: readmission\.parquet: holds labels of 'simulated readmission', and the run predicts "
+            r"'simulated disease'; [^\n]*$",
+        ),
     ],
 )
-def test_a_mistake_is_one_line(runs, capfd, words, told):
+def test_a_mistake_is_one_line(runs, workspace, capfd, words, told):
     with chdir(runs.parent):
+        shutil.copy(labels_of(workspace, "readmission"), "readmission.parquet")
         assert main(["evaluate", *words]) == 2
     assert re.search(told, capfd.readouterr().err.strip())
 

@@ -210,7 +210,8 @@ def label_events(
             yield labelled.labels
         totals.refuse_nothing(options)
 
-    write_labels(out, tables(), task.values)
+    name = ", ".join([task.name, *sorted(task.sets or ())])
+    write_labels(out, tables(), task.values, task=name)
     return totals.report()
 
 

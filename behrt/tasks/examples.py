@@ -123,10 +123,12 @@ class LabelledRecords:
         splits: by name of the split; one may be empty.
         counts: `rows` of the file (moments, whatever number of names they have), and of them those left out:
             `no_patient` in any split, and `nothing_visible` at the prediction time.
+        task: which the labels are of, where the file says so.
     """
 
     splits: dict[str, Examples]
     counts: dict[str, int]
+    task: str | None = None
 
     def __getitem__(self, split: str) -> Examples:
         return self.splits[split]
@@ -185,7 +187,7 @@ def read_examples(
             f"{path}: none of its {rows.height} rows can be used: {counts['no_patient']} are of patients outside "
             f"{data.folder}, and {counts['nothing_visible']} see no event; name the labels of these records"
         )
-    return LabelledRecords(found, counts)
+    return LabelledRecords(found, counts, labels.task)
 
 
 def _wide(labels: Labels, names: tuple[str, ...]) -> pl.DataFrame:

@@ -47,6 +47,7 @@ class TaskDescription:
         kind: `binary`, `multilabel` or `survival`.
         names: of the labels, in the order of the scores.
         gap: days before a prediction that it does not see.
+        labels_of: what the label file said that its labels are of; None where it did not.
         edges: of survival, upper edges of the intervals, in days.
         weights: of false and of true labels in the loss, [2][names]; empty where all weigh 1.
     """
@@ -57,6 +58,7 @@ class TaskDescription:
     gap: float = 0.0
     edges: tuple[float, ...] = ()
     weights: tuple[tuple[float, ...], ...] = ()
+    labels_of: str | None = None
 
     @property
     def outputs(self) -> int:
@@ -77,8 +79,9 @@ class TaskDescription:
                 gap=float(values["gap"]),
                 edges=tuple(map(float, values["edges"])),
                 weights=tuple(tuple(map(float, row)) for row in values["weights"]),
+                labels_of=None if values.get("labels_of") is None else str(values["labels_of"]),
             )
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             task = None
         if task is None or task.kind not in PREDICTED or not task.outputs:
             raise UserError(f"{where}: is damaged; choose another checkpoint")

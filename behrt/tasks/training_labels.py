@@ -58,13 +58,18 @@ class TaskData:
     @property
     def digest(self) -> str:
         """Of all labels together, those that are trained on and those of tuning: a run goes on with no others."""
-        digest = sha256()
-        for part in (self.training, self.tuning):
-            digest.update(repr((part.kind, part.names)).encode())
-            for values in (part.subjects, part.times.astype(np.int64), part.targets, part.days):
-                if values is not None:
-                    digest.update(str(values.shape).encode() + np.ascontiguousarray(values).tobytes())
-        return digest.hexdigest()
+        return labels_digest(self.training, self.tuning)
+
+
+def labels_digest(training: Examples, tuning: Examples) -> str:
+    """What tells labels from others: SHA-256 of whose they are, of when, and of what they say."""
+    digest = sha256()
+    for part in (training, tuning):
+        digest.update(repr((part.kind, part.names)).encode())
+        for values in (part.subjects, part.times.astype(np.int64), part.targets, part.days):
+            if values is not None:
+                digest.update(str(values.shape).encode() + np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()
 
 
 def _true_share(examples: Examples) -> float | None:
@@ -108,6 +113,7 @@ def read_task_data(settings: FinetuneSettings, data: PreparedData) -> TaskData:
         gap=asked.gap,
         edges=tuple(edges),
         weights=tuple(map(tuple, weights)),
+        labels_of=found.task,
     )
     sample = training
     if len(tuning) < len(training):
