@@ -12,7 +12,7 @@ import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -405,6 +405,8 @@ class FinetuneSettings(ExperimentSettings):
     task: TaskSettings
 
 
+AnySettings = TypeVar("AnySettings", bound=ExperimentSettings)
+
 SECTIONS: dict[str, type[Section]] = {
     "model": ModelSettings,
     "adaptation": AdaptationSettings,
@@ -556,10 +558,24 @@ def read_experiment_file(
 
 def build_settings(nested: Mapping[str, Any], *, where: str = "settings") -> ExperimentSettings:
     """Validated settings from a nested mapping; errors name `where` (a file, or the flags)."""
+    return _built(ExperimentSettings, nested, where)
+
+
+def build_finetune_settings(nested: Mapping[str, Any], *, where: str) -> FinetuneSettings:
+    """The same of a fine-tuning."""
+    return _built(FinetuneSettings, nested, where)
+
+
+def settings_of_run(nested: Mapping[str, Any], *, where: str) -> ExperimentSettings:
+    """Those that a run was begun with: of a fine-tuning, which has a task, `FinetuneSettings`."""
+    return _built(FinetuneSettings if "task" in nested else ExperimentSettings, nested, where)
+
+
+def _built(kind: type[AnySettings], nested: Mapping[str, Any], where: str) -> AnySettings:
     try:
-        return ExperimentSettings.model_validate(dict(nested))
+        return kind.model_validate(dict(nested))
     except ValidationError as error:
-        raise UserError(describe_validation_error(error, ExperimentSettings, where)) from None
+        raise UserError(describe_validation_error(error, kind, where)) from None
 
 
 def load_experiment(

@@ -16,14 +16,13 @@ from typing import Any
 
 from torch import nn
 
-from behrt.checkpoints import load_checkpoint
 from behrt.config import UserError
 from behrt.feeder import Feeder
 from behrt.history import EpochRecord, RunFolder
 from behrt.resume import Attempt, TrainingState, best_of, find_attempt, go_on, history_of, state_to_keep
 from behrt.run_report import RunStart
-from behrt.runs import load_base_again
 from behrt.stopper import Stopper
+from behrt.tasks.finetuned import load_saved
 from behrt.trainer import Position, Trainer
 
 MOST_RECOVERIES = 2
@@ -85,7 +84,7 @@ class Keeper:
         if best is None:
             return
         with suppress(UserError):
-            if load_checkpoint(self.best, load_base=load_base_again).epoch == best.epoch:
+            if load_saved(self.best).epoch == best.epoch:
                 return
         assert self.trainer is not None
         trained = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
@@ -143,6 +142,7 @@ class Keeper:
             rate_factor=self.trainer.rate_factor,
             recoveries=self.recoveries,
             precision=start.precision,
+            labels_digest=None if start.task is None else start.task["labels_digest"],
         )
 
     def _mirror(self) -> None:

@@ -11,22 +11,22 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
-from behrt.config import ExperimentSettings, UserError
+from behrt.config import ExperimentSettings, Precision, UserError, experiment_yaml
 from behrt.devices import is_out_of_memory
 from behrt.doctor.checkup import tolerated
 from behrt.doctor.diagnosis import markdown
 from behrt.feeder import MOST_SECONDS_WHEN_STOPPED, SECONDS_OF_SILENCE, SECONDS_OF_SILENCE_WHEN_STOPPED, Feeder
-from behrt.feeding import TrackingRecord, now
+from behrt.feeding import TrackingRecord, new_record, now
 from behrt.history import EpochRecord, RunFolder
 from behrt.keeping import Keeper
 from behrt.plots import draw_curves
-from behrt.resume import best_of
+from behrt.resume import Attempt, best_of
 from behrt.run_report import STATUS_OF_OUTCOME, Listener, RunResult, RunStart
 from behrt.stopper import Stopper
-from behrt.tracking import TRIAL_STATE, RunStatus
+from behrt.tracking import PARENT_TAG, TRIAL_NUMBER, TRIAL_STATE, RunStatus
 from behrt.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,75 @@ def figures_of_start(start: RunStart) -> dict[str, float]:
     }
 
 
+def asked_precision(settings: ExperimentSettings, attempt: Attempt | None) -> Precision:
+    """That of the settings; a run that goes on keeps what `auto` came to, also where another CPU would choose anew."""
+    asked = settings.training.precision
+    if asked == "auto" and attempt is not None and attempt.in_place and attempt.state is not None:
+        former = attempt.state.precision
+        return "bf16" if former == "bf16" else "fp32" if former == "fp32" else asked
+    return asked
+
+
+def begin_run(
+    start: RunStart, run_folder: RunFolder, attempt: Attempt | None, changes: list[str], tags: dict[str, str]
+) -> tuple[str, TrackingRecord | None, Feeder]:
+    """Makes the folder the run's own, and begins to tell MLflow of it.
+
+    Args:
+        tags: of the recipe.
+
+    Returns:
+        The run's key, what MLflow held of it before (None for a new run), and what feeds it.
+    """
+    settings, trial = start.settings, start.trial
+    tags = {
+        "device": start.device,
+        "dataset": start.dataset["name"],
+        "size": settings.model.model_size,
+        **tags,
+    }
+    if trial is not None:
+        # the number as a tag too, which is there as soon as the run is
+        tags |= {PARENT_TAG: trial.study_run_id, TRIAL_NUMBER: str(trial.number), TRIAL_STATE: "RUNNING"}
+    former = _former_record(run_folder, attempt)
+    if former is not None:
+        tags |= {"resumed_with": "; ".join(changes)} if changes else {}
+        tags |= {"ended": "resumed"} if "ended" in former.tags else {}
+        record = replace(former, tags={**former.tags, **tags}, status="RUNNING", ended=None)
+        run_folder.go_on(experiment_yaml(settings))
+    else:
+        record = new_record(
+            experiment=start.experiment,
+            name=None if trial is None else f"trial {trial.number}",
+            params={
+                **({} if trial is None else {TRIAL_NUMBER: trial.number}),
+                **settings.flat(),
+                "resolved.max_position": start.max_position,
+                "resolved.vocab_size": start.vocab_size,
+                "resolved.precision": start.precision,
+            },
+            tags=tags,
+            figures=figures_of_start(start),
+            dataset=start.dataset,
+        )
+        run_folder.begin(experiment_yaml(settings))
+    record.save(run_folder.path)
+    feeder = Feeder(run_folder.path)
+    return record.key, former, feeder
+
+
+def _former_record(run_folder: RunFolder, attempt: Attempt | None) -> TrackingRecord | None:
+    """What MLflow holds of the run that goes on; None for a new run."""
+    if attempt is None or not attempt.in_place:
+        return None
+    try:
+        return TrackingRecord.load(run_folder.path)
+    except UserError:
+        if attempt.state is None:
+            raise
+    return new_record(experiment=attempt.state.experiment, params=attempt.settings.flat(), key=attempt.state.key)
+
+
 def tell_of_memory(result: RunResult, feeder: Feeder, listener: Listener, accumulation_steps: int) -> None:
     """Memory ran out, and the training goes on in smaller micro-batches."""
     result.accumulation_steps = accumulation_steps
@@ -84,6 +153,21 @@ def wait_for_run(start: RunStart, run_folder: RunFolder, former: TrackingRecord 
         else:
             former.save(run_folder.path)
         raise
+
+
+def tell_again(
+    attempt: Attempt, changes: list[str], result: RunResult, run_folder: RunFolder, listener: Listener
+) -> None:
+    """The epochs of the earlier attempt, to everybody who is told of epochs."""
+    if attempt.state is not None:
+        result.accumulation_steps, result.recoveries = attempt.state.accumulation_steps, attempt.state.recoveries
+    if attempt.epochs:
+        result.last, result.best = attempt.epochs[-1], best_of(attempt.epochs)
+        result.checkup.update(run_folder.history)
+    if attempt.in_place:
+        listener.resumed(changes)
+    if attempt.epochs:
+        listener.went_on(attempt.epochs)
 
 
 def train_epochs(

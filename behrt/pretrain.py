@@ -19,21 +19,22 @@ from torch import nn
 from torch.nn import functional as F
 
 from behrt.batches import PackedBatch, TrainingBatches
+from behrt.changes import changes_of
 from behrt.checkpoints import Base, Transplant, make_base, read_base, save_checkpoint
-from behrt.config import ExperimentSettings, Precision, UserError, experiment_yaml
+from behrt.config import ExperimentSettings, UserError
 from behrt.devices import choose_device, choose_precision, to_device
 from behrt.doctor.checkup import Checkup, facts_before_training, tolerated
 from behrt.doctor.facts import RunFacts
 from behrt.doctor.preflight import probe
-from behrt.feeder import Feeder
-from behrt.feeding import TrackingRecord, new_record
 from behrt.history import RunFolder
 from behrt.keeping import Keeper
 from behrt.lifecycle import (
     adaptation_name,
+    asked_precision,
+    begin_run,
     ending,
-    figures_of_start,
     log_diagnosis,
+    tell_again,
     tell_of_memory,
     train_epochs,
     wait_for_run,
@@ -43,12 +44,11 @@ from behrt.masking import Stream, torch_seed
 from behrt.model import BEHRTForMaskedLM, compile_layers
 from behrt.parameters import ParameterCounts, apply_lora_to_behrt, count_parameters, set_trainable
 from behrt.records import Records, RecordsCache
-from behrt.resume import Attempt, as_it_is_now, best_of, check_changes
+from behrt.resume import Attempt, as_it_is_now
 from behrt.run_report import Listener, RunResult, RunStart, StudyTrial
 from behrt.runs import load_base, load_base_again, name_base
 from behrt.sequences import open_prepared
 from behrt.stopper import Stopper
-from behrt.tracking import PARENT_TAG, TRIAL_NUMBER, TRIAL_STATE
 from behrt.trainer import LossSums, Trainer
 
 log = logging.getLogger(__name__)
@@ -157,11 +157,11 @@ def pretrain(
     listener, stopper = listener or Listener(), stopper or Stopper(listens=False)
     started = time.perf_counter()
     device = choose_device(settings.training.device)
-    precision = choose_precision(_asked_precision(settings, attempt), device)
+    precision = choose_precision(asked_precision(settings, attempt), device)
     if settings.training.compile and device.type != "cuda":
         raise UserError(f"--compile: is for CUDA, and this run computes on {device.type}; leave it out")
     records = (records_cache or RecordsCache()).select(settings, progress=listener.preparing)
-    changes = _changes(attempt, settings, records)
+    changes = changes_of(attempt, settings, records.data)
     former_base = read_base(attempt.checkpoint) if attempt is not None and attempt.checkpoint is not None else None
     model, base, transplanted = build_model(settings, records, former_base)
     steps = TrainingBatches(
@@ -201,7 +201,8 @@ def pretrain(
             trial=trial,
         )
         with stopper.held():
-            key, former, feeder = _begin(start, run_folder, attempt, changes)
+            tags = {"adaptation": adaptation_name(settings), "mlflow.source.name": "behrt train"}
+            key, former, feeder = begin_run(start, run_folder, attempt, changes, tags)
         run_id = wait_for_run(start, run_folder, former, feeder)
         start = replace(start, key=key, run_id=run_id)
         batches: dict[str, Any] = {
@@ -244,105 +245,11 @@ def pretrain(
             keeper.begin(attempt, model)
             stopper.at_pauses()
             if attempt is not None:
-                _tell_again(attempt, changes, result, run_folder, listener)
+                tell_again(attempt, changes, result, run_folder, listener)
             train_epochs(trainer, keeper, result, run_folder, feeder, listener)
     finally:
         run_folder.release()
     return result
-
-
-def _asked_precision(settings: ExperimentSettings, attempt: Attempt | None) -> Precision:
-    """That of the settings; a run that goes on keeps what `auto` came to, also where another CPU would choose anew."""
-    asked = settings.training.precision
-    if asked == "auto" and attempt is not None and attempt.in_place and attempt.state is not None:
-        former = attempt.state.precision
-        return "bf16" if former == "bf16" else "fp32" if former == "fp32" else asked
-    return asked
-
-
-def _changes(attempt: Attempt | None, settings: ExperimentSettings, records: Records) -> list[str]:
-    """What changes for a run that goes on in its own folder, in sentences; `UserError` for what must not."""
-    if attempt is None or not attempt.in_place:
-        return []
-    changes = check_changes(attempt, settings)
-    if attempt.state is not None and attempt.state.dataset_digest != records.data.digest:
-        raise UserError(
-            f"--resume {attempt.folder}: {records.data.folder} holds other records than the run was begun with"
-        )
-    return changes
-
-
-def _begin(
-    start: RunStart, run_folder: RunFolder, attempt: Attempt | None, changes: list[str]
-) -> tuple[str, TrackingRecord | None, Feeder]:
-    """Makes the folder the run's own, and begins to tell MLflow of it.
-
-    Returns:
-        The run's key, what MLflow held of it before (None for a new run), and what feeds it.
-    """
-    settings, trial = start.settings, start.trial
-    tags = {
-        "device": start.device,
-        "dataset": start.dataset["name"],
-        "size": settings.model.model_size,
-        "adaptation": adaptation_name(settings),
-        "mlflow.source.name": "behrt train",
-    }
-    if trial is not None:
-        # the number as a tag too, which is there as soon as the run is
-        tags |= {PARENT_TAG: trial.study_run_id, TRIAL_NUMBER: str(trial.number), TRIAL_STATE: "RUNNING"}
-    former = _former_record(run_folder, attempt)
-    if former is not None:
-        tags |= {"resumed_with": "; ".join(changes)} if changes else {}
-        tags |= {"ended": "resumed"} if "ended" in former.tags else {}
-        record = replace(former, tags={**former.tags, **tags}, status="RUNNING", ended=None)
-        run_folder.go_on(experiment_yaml(settings))
-    else:
-        record = new_record(
-            experiment=start.experiment,
-            name=None if trial is None else f"trial {trial.number}",
-            params={
-                **({} if trial is None else {TRIAL_NUMBER: trial.number}),
-                **settings.flat(),
-                "resolved.max_position": start.max_position,
-                "resolved.vocab_size": start.vocab_size,
-                "resolved.precision": start.precision,
-            },
-            tags=tags,
-            figures=figures_of_start(start),
-            dataset=start.dataset,
-        )
-        run_folder.begin(experiment_yaml(settings))
-    record.save(run_folder.path)
-    feeder = Feeder(run_folder.path)
-    return record.key, former, feeder
-
-
-def _former_record(run_folder: RunFolder, attempt: Attempt | None) -> TrackingRecord | None:
-    """What MLflow holds of the run that goes on; None for a new run."""
-    if attempt is None or not attempt.in_place:
-        return None
-    try:
-        return TrackingRecord.load(run_folder.path)
-    except UserError:
-        if attempt.state is None:
-            raise
-    return new_record(experiment=attempt.state.experiment, params=attempt.settings.flat(), key=attempt.state.key)
-
-
-def _tell_again(
-    attempt: Attempt, changes: list[str], result: RunResult, run_folder: RunFolder, listener: Listener
-) -> None:
-    """The epochs of the earlier attempt, to everybody who is told of epochs."""
-    if attempt.state is not None:
-        result.accumulation_steps, result.recoveries = attempt.state.accumulation_steps, attempt.state.recoveries
-    if attempt.epochs:
-        result.last, result.best = attempt.epochs[-1], best_of(attempt.epochs)
-        result.checkup.update(run_folder.history)
-    if attempt.in_place:
-        listener.resumed(changes)
-    if attempt.epochs:
-        listener.went_on(attempt.epochs)
 
 
 def count_configured(settings: ExperimentSettings) -> ParameterCounts:

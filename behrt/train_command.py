@@ -5,13 +5,22 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from behrt.config import EXPERIMENT_NAME, FLAGS, UserError, build_settings, lay_over, load_experiment, resolved
+from behrt.config import (
+    EXPERIMENT_NAME,
+    FLAGS,
+    ExperimentSettings,
+    UserError,
+    build_settings,
+    lay_over,
+    load_experiment,
+    resolved,
+)
 from behrt.exits import LostRun, RefusedRun, one_line
 from behrt.imports import first_import
 from behrt.options import (
@@ -29,10 +38,10 @@ from behrt.options import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from behrt.config import ExperimentSettings
     from behrt.doctor.rule import Finding
     from behrt.resume import Attempt
-    from behrt.run_report import RunResult
+    from behrt.run_report import Listener, RunResult
+    from behrt.stopper import Stopper
 
 
 @click.command()
@@ -72,20 +81,45 @@ def train(
         settings = load_experiment(experiment_file, preset=preset, flags=given(flags))
         name, folder = place_of_run(settings, experiment_file, experiment, out)
     else:
-        attempt = attempt_of(resume, preset=preset, experiment=experiment, out=out)
+        attempt = attempt_of(resume, out=out, preset=preset, experiment=experiment)
         settings = settings_to_resume(attempt, experiment_file, given(flags))
         name, folder = name_of(attempt), attempt.folder
 
     with first_import("torch"):
-        from behrt.console import TerminalListener
         from behrt.pretrain import pretrain
+
+    def recipe(listener: Listener, stopper: Stopper) -> RunResult:
+        return pretrain(
+            settings,
+            experiment=name,
+            folder=folder,
+            listener=listener,
+            force=force,
+            attempt=attempt,
+            stopper=stopper,
+        )
+
+    carry_out(recipe, folder, command="train", is_new=attempt is None, as_json=as_json)
+
+
+def carry_out(
+    recipe: Callable[[Listener, Stopper], RunResult], folder: Path, *, command: str, is_new: bool, as_json: bool
+) -> None:
+    """Runs a recipe before a person's eyes, who may stop it, and says what came of it.
+
+    Args:
+        command: that goes on with the run.
+        is_new: whether the run makes room for itself; one that died in its folder is marked so first.
+    """
+    with first_import("torch"):
+        from behrt.console import TerminalListener
         from behrt.stopper import Stopper
         from behrt.sync import settle_dead
         from behrt.terminal import stderr_console
 
     console = stderr_console()
     listener = TerminalListener(console)
-    if attempt is None and settle_dead(folder):
+    if is_new and settle_dead(folder):
         console.print(
             f"The run in {folder} died without a word, and is marked so; it is kept in {folder / 'earlier'}.",
             markup=False,
@@ -93,24 +127,16 @@ def train(
     stopper = Stopper(insists=True)
     try:
         with stopper.interrupting():
-            result = pretrain(
-                settings,
-                experiment=name,
-                folder=folder,
-                listener=listener,
-                force=force,
-                attempt=attempt,
-                stopper=stopper,
-            )
+            result = recipe(listener, stopper)
     except KeyboardInterrupt:
         if listener.has_started:
             listener.stop()
-            console.print(f"To go on: {how_to_go_on(folder)}", markup=False)
+            console.print(f"To go on: {how_to_go_on(folder, command)}", markup=False)
         raise
     except OSError as error:  # a full disk, above all
         if not listener.has_started:
             raise
-        message = f"{one_line(error)}; what was kept before is whole: make room, then {how_to_go_on(folder)}"
+        message = f"{one_line(error)}; what was kept before is whole: make room, then {how_to_go_on(folder, command)}"
         raise UserError(message) from error
     finally:
         stopper.close()
@@ -132,22 +158,26 @@ def tell_end(result: RunResult, console: Console, *, as_json: bool) -> None:
         raise LostRun(f"ended after epoch {result.last.epoch if result.last else 0}: {reasons(lost_to)}")
 
 
-def how_to_go_on(folder: Path) -> str:
+def how_to_go_on(folder: Path, command: str) -> str:
     """The command that goes on with a run."""
-    return f"behrt train --resume {shlex.quote(str(folder))}"
+    return f"behrt {command} --resume {shlex.quote(str(folder))}"
 
 
-def attempt_of(target: str, *, preset: str | None, experiment: str | None, out: Path | None) -> Attempt:
+def attempt_of(
+    target: str, *, out: Path | None, kind: type[ExperimentSettings] = ExperimentSettings, **of_new_runs: str | None
+) -> Attempt:
     """The attempt that `--resume` names; `UserError` for options that make no sense beside it."""
-    for flag, value in (("--preset", preset), ("--experiment", experiment)):
+    for name, value in of_new_runs.items():
         if value is not None:
-            raise UserError(f"{flag}: goes with a new run, and --resume with one that there is; leave one of them out")
+            raise UserError(
+                f"--{name}: goes with a new run, and --resume with one that there is; leave one of them out"
+            )
     if out is not None and Path(target).exists():
         raise UserError(f"--out: {target} goes on where it is; leave this out")
 
     from behrt.resume import attempt_to_resume
 
-    return attempt_to_resume(target, lambda state: out or Path("experiments") / state.experiment)
+    return attempt_to_resume(target, lambda state: out or Path("experiments") / state.experiment, kind=kind)
 
 
 def settings_to_resume(attempt: Attempt, experiment_file: Path | None, flags: dict[str, Any]) -> ExperimentSettings:

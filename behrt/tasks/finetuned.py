@@ -18,10 +18,10 @@ from torch import nn
 
 from behrt.adapter_files import load_adapter
 from behrt.batches import PackedBatch
-from behrt.checkpoints import Base, holds_everything, load_trained, make_base, read_about
+from behrt.checkpoints import Base, Checkpoint, holds_everything, load_checkpoint, load_trained, make_base, read_about
 from behrt.config import UserError
 from behrt.model import BEHRT
-from behrt.runs import checkpoint_folder, load_base_again, load_run
+from behrt.runs import checkpoint_folder, load_base_again
 from behrt.sequences import PreparedData
 from behrt.tasks.example_batches import ExampleBatch, ExampleLayout, ExampleSet, ids_of_model
 from behrt.tasks.examples import PREDICTED, Examples
@@ -48,6 +48,7 @@ class TaskDescription:
         kind: `binary`, `multilabel` or `survival`.
         names: of the labels, in the order of the scores.
         gap: days before a prediction that it does not see.
+        labels_of: what the label file said that its labels are of; None where it did not.
         edges: of survival, upper edges of the intervals, in days.
         weights: of false and of true labels in the loss, [2][names]; empty where all weigh 1.
     """
@@ -58,6 +59,7 @@ class TaskDescription:
     gap: float = 0.0
     edges: tuple[float, ...] = ()
     weights: tuple[tuple[float, ...], ...] = ()
+    labels_of: str | None = None
 
     @property
     def outputs(self) -> int:
@@ -78,8 +80,9 @@ class TaskDescription:
                 gap=float(values["gap"]),
                 edges=tuple(map(float, values["edges"])),
                 weights=tuple(tuple(map(float, row)) for row in values["weights"]),
+                labels_of=None if values.get("labels_of") is None else str(values["labels_of"]),
             )
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             task = None
         if task is None or task.kind not in PREDICTED or not task.outputs:
             raise UserError(f"{where}: is damaged; choose another checkpoint")
@@ -144,11 +147,6 @@ class Finetuned:
     base: Base
 
 
-def is_finetuned(target: str | Path) -> bool:
-    """Whether a run (folder, checkpoint folder or MLflow run id) is a fine-tuned one. Raises as `load_finetuned`."""
-    return read_about(checkpoint_folder(target)).task is not None
-
-
 def load_finetuned(target: str | Path, *, checkpoint: str = "best") -> Finetuned:
     """The model of a fine-tuned run, and what it predicts.
 
@@ -177,6 +175,13 @@ def load_finetuned_checkpoint(folder: Path) -> Finetuned:
     else:
         load_trained(model, folder)
     return Finetuned(model.eval(), task, vocabulary, about.epoch, about.base)
+
+
+def load_saved(folder: Path) -> Checkpoint | Finetuned:
+    """The model of one checkpoint of any run. Raises `UserError` as `load_checkpoint` and `load_finetuned` do."""
+    if read_about(folder).task is None:
+        return load_checkpoint(folder, load_base=load_base_again)
+    return load_finetuned_checkpoint(folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +243,7 @@ def embed(
     Raises:
         UserError: no such run, or one that cannot be loaded.
     """
-    run = load_finetuned(target) if is_finetuned(target) else load_run(target)
+    run = load_saved(checkpoint_folder(target))
     layout = ExampleLayout(run.model.config.max_position, ids_of_model(data.vocabulary, run.vocabulary))
     return vectors_of(run.model.behrt, ExampleSet(examples, layout), device or torch.device("cpu")).numpy()
 
