@@ -47,6 +47,7 @@ from behrt.options import (
     training_options,
 )
 from behrt.prepare_options import PrepareOptions
+from behrt.ranks import EndedElsewhere, RankError, RankLost, Ranks
 from behrt.stopper import Terminated
 from behrt.sweep_commands import sweep
 from behrt.train_command import train
@@ -82,7 +83,11 @@ def cli(debug: bool) -> None:
     What went wrong: behrt doctor experiments/NAME
     All runs:        behrt ui
     """
-    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    ranks, command = Ranks.of_environment(), click.get_current_context().invoked_subcommand
+    level = logging.DEBUG if debug else logging.WARNING if ranks.is_first else logging.ERROR
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    if not ranks.is_alone and command != "train":
+        raise UserError(f"torchrun: several processes share a behrt train, not a behrt {command}; start it by itself")
 
 
 @cli.command()
@@ -369,7 +374,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (click.ClickException, UserError, OSError) as error:
         if debug:
             raise
-        return fail(f"behrt: {one_line(error)}", EXIT_MISTAKE)
+        return fail(f"behrt: {one_line(error)}", EXIT_MISTAKE, speaks=isinstance(error, RankError))
+    except EndedElsewhere as error:
+        return error.code
+    except RankLost:
+        return fail("behrt: stopped, because another process of the run has ended", EXIT_TERMINATED)
     except RefusedRun as error:
         return fail(f"behrt: {error}", EXIT_REFUSED)
     except LostRun as error:
@@ -386,7 +395,10 @@ def terminate(signal_number: int, frame: object) -> None:
     raise Terminated
 
 
-def fail(message: str, code: int) -> int:
+def fail(message: str, code: int, *, speaks: bool = False) -> int:
+    """Says why a command ends. Of several ranks the first says it, and another only where it `speaks` for itself."""
+    if not (speaks or Ranks.of_environment().is_first):
+        return code
     line = " ".join(message.split())
     click.echo(line if len(line) <= LONGEST_LINE else f"{line[:600]} ... {line[-200:]}", err=True)
     return code

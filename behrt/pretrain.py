@@ -25,9 +25,9 @@ from behrt.devices import choose_device, choose_precision, to_device
 from behrt.doctor.checkup import Checkup, facts_before_training, tolerated
 from behrt.doctor.facts import RunFacts
 from behrt.doctor.preflight import probe
-from behrt.feeder import Feeder
+from behrt.feeder import Feeder, NoFeeder
 from behrt.feeding import TrackingRecord, new_record
-from behrt.history import RunFolder
+from behrt.history import RunFolder, UnkeptFolder
 from behrt.keeping import Keeper
 from behrt.lifecycle import (
     adaptation_name,
@@ -42,6 +42,7 @@ from behrt.lifecycle import (
 from behrt.masking import Stream, torch_seed
 from behrt.model import BEHRTForMaskedLM, compile_layers
 from behrt.parameters import ParameterCounts, apply_lora_to_behrt, count_parameters, set_trainable
+from behrt.ranks import ALONE, Ranks
 from behrt.records import Records, RecordsCache
 from behrt.resume import Attempt, as_it_is_now, best_of, check_changes
 from behrt.run_report import Listener, RunResult, RunStart, StudyTrial
@@ -53,6 +54,8 @@ from behrt.trainer import LossSums, Trainer
 
 log = logging.getLogger(__name__)
 
+LAUNCH = "launch"
+"""The tag that says which torchrun began a run, or went on with it (`Ranks.launch`)."""
 EVALUATED_AT_ONCE = 128
 """Patients per batch of an evaluation."""
 
@@ -133,6 +136,7 @@ def pretrain(
     trial: StudyTrial | None = None,
     attempt: Attempt | None = None,
     stopper: Stopper | None = None,
+    ranks: Ranks = ALONE,
 ) -> RunResult:
     """Trains one model and leaves a finished run in `folder` and in MLflow.
 
@@ -144,10 +148,12 @@ def pretrain(
         trial: the trial of a study that the run is; its status in MLflow is then that of the trial.
         attempt: one that was cut off; what it trained is not trained again. In place, the run is the same one.
         stopper: where signals come; by default they end the run anywhere.
+        ranks: processes that train the model together, `joined`; all call this alike, but the first alone keeps, tracks
+            and tells anything.
 
     Returns:
         The result; `status` is FAILED where the pre-flight refused the run and where the doctor ended it, KILLED where
-        the listener pruned it.
+        the listener pruned it. Ranks other than the first know less of it.
 
     Raises:
         UserError: settings and records that do not go together, a folder that is in use, a store that will not take
@@ -156,14 +162,15 @@ def pretrain(
     """
     listener, stopper = listener or Listener(), stopper or Stopper(listens=False)
     started = time.perf_counter()
-    device = choose_device(settings.training.device)
-    precision = choose_precision(_asked_precision(settings, attempt), device)
-    if settings.training.compile and device.type != "cuda":
-        raise UserError(f"--compile: is for CUDA, and this run computes on {device.type}; leave it out")
-    records = (records_cache or RecordsCache()).select(settings, progress=listener.preparing)
-    changes = _changes(attempt, settings, records)
-    former_base = read_base(attempt.checkpoint) if attempt is not None and attempt.checkpoint is not None else None
-    model, base, transplanted = build_model(settings, records, former_base)
+    with ranks.together():
+        device = ranks.take_device(choose_device(settings.training.device))
+        precision = choose_precision(_asked_precision(settings, attempt), device)
+        if settings.training.compile and device.type != "cuda":
+            raise UserError(f"--compile: is for CUDA, and this run computes on {device.type}; leave it out")
+        records = (records_cache or RecordsCache()).select(settings, progress=listener.preparing)
+        changes = _changes(attempt, settings, records)
+        former_base = read_base(attempt.checkpoint) if attempt is not None and attempt.checkpoint is not None else None
+        model, base, transplanted = build_model(settings, records, former_base)
     steps = TrainingBatches(
         records.training,
         records.training_patients,
@@ -174,13 +181,16 @@ def pretrain(
         vocab_size=len(records.data.vocabulary),
         seed=settings.training.seed,
         mlm_probability=settings.training.mlm_probability,
+        rank=ranks.rank,
+        ranks=ranks.size,
     )
-    baselines = records.baselines(model.config.vocab_size)
-    run_folder = RunFolder(folder)
-    run_folder.claim()
+    baselines = ranks.by_first(lambda: records.baselines(model.config.vocab_size))
+    run_folder = RunFolder(folder) if ranks.is_first else UnkeptFolder(folder)
+    with ranks.together():
+        run_folder.claim()
     try:
         if attempt is not None:
-            attempt = as_it_is_now(attempt, settings)
+            attempt = ranks.by_first(partial(as_it_is_now, attempt, settings))
         start = RunStart(
             experiment=experiment,
             folder=folder,
@@ -199,11 +209,14 @@ def pretrain(
             transplant=transplanted,
             truncated_share=records.truncated_share,
             trial=trial,
+            ranks=ranks.size,
         )
-        with stopper.held():
-            key, former, feeder = _begin(start, run_folder, attempt, changes)
-        run_id = wait_for_run(start, run_folder, former, feeder)
-        start = replace(start, key=key, run_id=run_id)
+        with ranks.together():
+            feeder: Feeder = NoFeeder()
+            if ranks.is_first:
+                with stopper.held():
+                    key, former, feeder = _begin(start, run_folder, attempt, changes, launch=ranks.launch)
+                start = replace(start, key=key, run_id=wait_for_run(start, run_folder, former, feeder))
         batches: dict[str, Any] = {
             "steps": steps,
             "train_evaluation": records.train_evaluation.packed(EVALUATED_AT_ONCE, records.row_length),
@@ -213,22 +226,25 @@ def pretrain(
         }
         save = partial(save_checkpoint, vocabulary=records.data.vocabulary, base=base)
         result = RunResult(start=start, model=model, checkup=Checkup(RunFacts(finished=False)))
-        keeper = Keeper(run_folder, start, save=save, feeder=feeder, stopper=stopper)
+        keeper = Keeper(run_folder, start, save=save, feeder=feeder, stopper=stopper, ranks=ranks)
         with ending(result, run_folder, feeder, started, stopper):
             write_run(result, run_folder, feeder, status="RUNNING")
             listener.started(start)
-            model.to(device)
-            with tolerated("the pre-flight"):
-                probed = probe(model, masked_lm_loss, **batches, adaptation=settings.adaptation)
-                facts = facts_before_training(
-                    settings, records, baselines, transplanted, vocab_size=model.config.vocab_size, probed=probed
-                )
-                result.checkup = Checkup(facts)
-            log_diagnosis(result, run_folder, feeder)
-            listener.examined(result.checkup)
-            if result.diagnosis.of_severity("error") and not force:
-                result.refused = True
+            with ranks.together():
+                model.to(device)
+            if ranks.is_first:
+                with tolerated("the pre-flight"):
+                    probed = probe(model, masked_lm_loss, **batches, adaptation=settings.adaptation, ranks=ranks.size)
+                    facts = facts_before_training(
+                        settings, records, baselines, transplanted, vocab_size=model.config.vocab_size, probed=probed
+                    )
+                    result.checkup = Checkup(facts)
+                log_diagnosis(result, run_folder, feeder)
+                listener.examined(result.checkup)
+            result.refused = ranks.broadcast(bool(result.diagnosis.of_severity("error")) and not force)
+            if result.refused:
                 return result
+            ranks.connect(device)
             if settings.training.compile:
                 compile_layers(model)
             trainer = Trainer(
@@ -239,6 +255,7 @@ def pretrain(
                 on_step=listener.step,
                 pause=keeper.pause,
                 on_memory=partial(tell_of_memory, result, feeder, listener),
+                ranks=ranks,
             )
             keeper.trainer = trainer
             keeper.begin(attempt, model)
@@ -273,7 +290,7 @@ def _changes(attempt: Attempt | None, settings: ExperimentSettings, records: Rec
 
 
 def _begin(
-    start: RunStart, run_folder: RunFolder, attempt: Attempt | None, changes: list[str]
+    start: RunStart, run_folder: RunFolder, attempt: Attempt | None, changes: list[str], *, launch: str
 ) -> tuple[str, TrackingRecord | None, Feeder]:
     """Makes the folder the run's own, and begins to tell MLflow of it.
 
@@ -291,6 +308,8 @@ def _begin(
     if trial is not None:
         # the number as a tag too, which is there as soon as the run is
         tags |= {PARENT_TAG: trial.study_run_id, TRIAL_NUMBER: str(trial.number), TRIAL_STATE: "RUNNING"}
+    if launch:
+        tags |= {LAUNCH: launch, "ranks": str(start.ranks)}
     former = _former_record(run_folder, attempt)
     if former is not None:
         tags |= {"resumed_with": "; ".join(changes)} if changes else {}
