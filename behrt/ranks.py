@@ -114,7 +114,10 @@ class Ranks:
             # by default gloo listens wherever the host's name leads, if it leads anywhere
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
         with self._guarded():
-            dist.init_process_group("gloo", timeout=LONGEST_WAIT)
+            store, _, _ = next(dist.rendezvous("env://", self.rank, self.size, timeout=LONGEST_WAIT))
+            # torchrun may keep what the processes told each other before it started them again: dead addresses
+            store = dist.PrefixStore(f"start {self.restarts}", store)
+            dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=LONGEST_WAIT)
         try:
             yield
         except Exception as error:

@@ -383,7 +383,10 @@ def test_a_killed_rank_is_started_again_and_the_run_goes_on(
     history = tmp_path / "run" / "logs" / "metrics_history.json"
     wait_for(lambda: history.exists() and len(json.loads(history.read_text())["val_loss"]) >= 2)
     os.kill(ranks_below(started.pid)[1], signal.SIGKILL)
-    said = started.communicate()[1]
+    try:
+        said = started.communicate(timeout=120)[1]
+    finally:
+        started.kill()
     if not restarts:
         assert started.returncode != 0
         assert read_run(tmp_path / "run")["status"] == "KILLED"
