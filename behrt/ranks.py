@@ -109,14 +109,15 @@ class Ranks:
             yield
             return
         import torch.distributed as dist
+        from torch.distributed.rendezvous import rendezvous
 
         if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
             # by default gloo listens wherever the host's name leads, if it leads anywhere
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
         with self._guarded():
-            store, _, _ = next(dist.rendezvous("env://", self.rank, self.size, timeout=LONGEST_WAIT))
+            store, _, _ = next(rendezvous("env://", self.rank, self.size, timeout=LONGEST_WAIT))
             # torchrun may keep what the processes told each other before it started them again: dead addresses
-            store = dist.PrefixStore(f"start {self.restarts}", store)
+            store = dist.PrefixStore(f"start {self.restarts}", store)  # type: ignore[attr-defined]
             dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=LONGEST_WAIT)
         try:
             yield

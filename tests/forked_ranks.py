@@ -46,11 +46,12 @@ def be_rank(answer: Connection, folder: str, environment: dict[str, str], functi
         os.dup2(written, stream)
     import torch
 
-    from behrt import lifecycle
+    from behrt import cli, lifecycle
 
     torch.set_num_threads(1)
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         setattr(torch.cpu, name, lambda: False)
+    cli.SECONDS_TO_SPEAK = 0.0  # nobody waits for the first to end
     lifecycle.draw_curves = lambda *arguments, **named: []
     try:
         answer.send(function(*arguments))
