@@ -62,6 +62,8 @@ class Keeper:
         self._feeder = feeder
         self._stopper = stopper
         self._ranks = ranks
+        if not ranks.is_alone:
+            ranks.notice = lambda: stopper.urgency
         self._seconds_between = 60 * start.settings.training.checkpoint_minutes
         self._kept_at = self._mirrored_at = time.monotonic()
 
@@ -126,9 +128,9 @@ class Keeper:
 
         Ranks end at the same pause, whichever of them was asked to.
         """
-        (urgency,) = self._ranks.most(self._stopper.urgency)
+        urgency = self._stopper.urgency if self._ranks.is_alone else self._ranks.noticed
         if urgency:
-            self._stopper.ask(int(urgency))
+            self._stopper.ask(urgency)
             self.keep()
             self._stopper.pause()
         elif time.monotonic() > self._kept_at + self._seconds_between:

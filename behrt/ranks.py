@@ -61,6 +61,8 @@ class Ranks:
         launch: names the torchrun that started them; empty without one.
 
     Attributes:
+        notice: what this rank wants all to know, as a number; it is asked for at each `sums`.
+        noticed: the largest notice of any rank at the latest `sums`: the same number on all of them.
         bytes_summed: of the tensors that `all_sum` was given so far.
     """
 
@@ -73,6 +75,8 @@ class Ranks:
         self.local_rank = local_rank
         self.restarts = restarts
         self.launch = launch
+        self.notice: Callable[[], int] = lambda: 0
+        self.noticed = 0
         self.bytes_summed = 0
         self._nccl: Any = None
 
@@ -175,13 +179,9 @@ class Ranks:
         """Each value, summed over all ranks in their order: the same to the last bit on every rank."""
         if self.is_alone:
             return values
-        return tuple(sum(of_ranks) for of_ranks in zip(*self._gather_numbers(values), strict=True))
-
-    def most(self, *values: float) -> tuple[float, ...]:
-        """The largest of each value on any rank."""
-        if self.is_alone:
-            return values
-        return tuple(max(of_ranks) for of_ranks in zip(*self._gather_numbers(values), strict=True))
+        notices, *found = zip(*self._gather_numbers((self.notice(), *values)), strict=True)
+        self.noticed = int(max(notices))
+        return tuple(map(sum, found))
 
     def broadcast(self, value: T) -> T:
         """The value that the first rank has."""

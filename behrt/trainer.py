@@ -191,7 +191,7 @@ class Trainer(Generic[B]):
         on_memory: called with the new number of accumulation steps where the device ran out of memory.
         ranks: the processes that train together. `steps` gives each its own micro-batches, number `rank`, `rank + size`
             and so on of a step; the evaluation sets are whole. All call `pause` at the same places: between steps
-            and between rounds of an evaluation.
+            and between rounds of an evaluation, after they have told each other their notices.
 
     Attributes:
         accumulation_steps: micro-batches that a step is computed in, on each rank; doubled where memory runs out.
@@ -332,6 +332,7 @@ class Trainer(Generic[B]):
         mine, outcome = (0.0, 0.0, 0.0), Outcome()
         try:
             for first in range(0, len(batches), self.ranks.size):
+                self.ranks.sums()
                 self._pause()
                 number = first + self.ranks.rank
                 if number < len(batches) and outcome.error is None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import chdir
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,16 @@ from torch import nn
 from behrt.batches import TrainingBatches
 from behrt.cli import main
 from behrt.config import BEHRTConfig, ExperimentSettings, TrainingSettings, UserError
+from behrt.feeding import TrackingRecord
 from behrt.history import read_history, read_run
 from behrt.model import BEHRTForMaskedLM
 from behrt.parameters import apply_lora_to_behrt, count_parameters
-from behrt.pretrain import masked_lm_loss, pretrain
+from behrt.pretrain import LAUNCH, masked_lm_loss, pretrain
 from behrt.ranks import Ranks
 from behrt.resume import attempt_to_resume
+from behrt.run_report import Listener
 from behrt.sequences import open_prepared
+from behrt.train_command import status_before_restart
 from behrt.trainer import Trainer
 
 from .conftest import Workspace
@@ -63,7 +67,7 @@ def train(ranks: Ranks, settings: ExperimentSettings, name: str, cut_after: int 
 @pytest.mark.parametrize(
     ("ranks", "flags", "alone"),
     [
-        (2, {"dropout": 0.0, "epochs": 3}, {}),
+        (2, {"dropout": 0.0, "epochs": 2}, {}),
         # a step's micro-batches draw the same dropout whoever computes them; the last step leaves a rank without any
         (3, {"dropout": 0.1, "epochs": 2, "batch_size": 26, "use_lora": True}, {"accumulation_steps": 3}),
     ],
@@ -89,19 +93,19 @@ def test_ranks_give_the_loss_curve_and_the_metrics_of_one(
 def test_a_run_goes_on_with_another_number_of_ranks(workspace: Workspace, tmp_path: Path) -> None:
     """Two ranks, one, two, each cut off inside an epoch: the uninterrupted curve, once, in one run of MLflow."""
     lay_store(tmp_path)
-    settings = settings_of(workspace, epochs=5, dropout=0.0, batch_size=16, checkpoint_minutes=1e-4)
-    assert on_ranks(tmp_path, 2, train, settings, "cut", 7, False) == ["RuntimeError"] * 2
+    settings = settings_of(workspace, epochs=4, dropout=0.0, batch_size=16, checkpoint_minutes=1e-4)
+    assert on_ranks(tmp_path, 2, train, settings, "cut", 6, False) == ["RuntimeError"] * 2
     with chdir(tmp_path):
-        assert read_position("cut") == (2, 2)
+        assert read_position("cut") == (2, 1)
         with pytest.raises(RuntimeError, match="cut off"):
-            train(Ranks(), settings, "cut", 8, True)
-        assert read_position("cut") == (4, 0)
+            train(Ranks(), settings, "cut", 6, True)
+        assert read_position("cut") == (3, 2)
         assert on_ranks(tmp_path, 2, train, settings, "cut", None, True) == ["FINISHED"] * 2
         pretrain(settings, experiment="whole", folder=Path("whole"), force=True)
     assert_same_curves(tmp_path / "cut", tmp_path / "whole")
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlruns/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("cut").experiment_id])
-    assert [point.step for point in client.get_metric_history(run.info.run_id, "val_loss")] == [1, 2, 3, 4, 5]
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "val_loss")] == [1, 2, 3, 4]
 
 
 def read_position(name: str) -> tuple[int, int]:
@@ -318,6 +322,7 @@ def test_other_commands_refuse_to_be_several_processes(
 ) -> None:
     for rank, said in ((0, f"torchrun: several processes share a behrt train, not a behrt {words[0]}"), (1, "")):
         with monkeypatch.context() as patch:
+            patch.setattr("behrt.cli.SECONDS_TO_SPEAK", 0.0)
             for name, value in environment_of(rank, 2, 1).items():
                 patch.setenv(name, value)
             assert main(words) == 2
@@ -331,15 +336,25 @@ def wait_for(ready: Any, seconds: float = 60.0) -> None:
         time.sleep(0.02)
 
 
+def signalled(*words: str) -> int:
+    """A behrt command whose second rank gets a SIGTERM after its fourteenth step."""
+    taken = itertools.count(1)
+
+    def step(listener: Listener, number: int, steps: int) -> None:
+        if next(taken) == 14:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Listener.step = step  # type: ignore[method-assign]
+    return command(*words)
+
+
 def test_a_signal_to_one_rank_ends_all_at_the_same_step_and_nothing_is_lost(
     workspace: Workspace, tmp_path: Path
 ) -> None:
     lay_store(tmp_path)
-    flags = ["--data", str(workspace.prepared), "--epochs", "8", "--dropout", "0", "--batch-size", "8"]
-    ranks = ForkedRanks(tmp_path, 2, command, "train", *flags, "--out", "cut")
-    history = tmp_path / "cut" / "logs" / "metrics_history.json"
-    wait_for(history.exists)
-    os.kill(ranks.processes[1].pid, signal.SIGTERM)
+    flags = ["--data", str(workspace.prepared), "--max-patients", "80", "--epochs", "4", "--batch-size", "8"]
+    flags += ["--dropout", "0", "--force"]
+    ranks = ForkedRanks(tmp_path, 2, signalled, "train", *flags, "--out", "cut")
     assert ranks.answers() == [143, 143]
     first, second = ranks.said()
     assert "To go on: behrt train --resume cut" in first
@@ -347,10 +362,23 @@ def test_a_signal_to_one_rank_ends_all_at_the_same_step_and_nothing_is_lost(
     assert second.strip() == ""
     assert read_run(tmp_path / "cut")["status"] == "KILLED"
     with chdir(tmp_path):
-        assert read_position("cut")[0] > 1
-        assert main(["train", "--resume", "cut"]) == 0
+        assert read_position("cut") == (2, 5)  # the step after that, in which all are told
+        assert main(["train", "--resume", "cut", "--force"]) == 0
         assert main(["train", *flags, "--out", "whole"]) == 0
     assert_same_curves(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_restart_goes_on_with_the_run_that_the_same_torchrun_began(workspace: Workspace, tmp_path: Path) -> None:
+    shutil.copytree(workspace.full, tmp_path / "run")
+    record = TrackingRecord.load(tmp_path / "run")
+    for tags, restarts, expected in (
+        ({}, 1, None),
+        ({LAUNCH: "another"}, 1, None),
+        ({LAUNCH: "this"}, 0, None),
+        ({LAUNCH: "this"}, 1, "RUNNING"),
+    ):
+        replace(record, tags={**record.tags, **tags}, status="RUNNING").save(tmp_path / "run")
+        assert status_before_restart(tmp_path / "run", Ranks(restarts=restarts, launch="this")) == expected
 
 
 # torchrun itself
