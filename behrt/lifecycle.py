@@ -23,6 +23,7 @@ from behrt.feeding import TrackingRecord, new_record, now
 from behrt.history import EpochRecord, RunFolder
 from behrt.keeping import Keeper
 from behrt.plots import draw_curves
+from behrt.ranks import RankLost
 from behrt.resume import Attempt, best_of
 from behrt.run_report import STATUS_OF_OUTCOME, Listener, RunResult, RunStart
 from behrt.stopper import Stopper
@@ -179,13 +180,13 @@ def train_epochs(
     listener: Listener,
 ) -> None:
     """The epochs: each is kept on disk first, then sent to MLflow, then shown."""
-    start, checkup = result.start, result.checkup
+    start, checkup, ranks = result.start, result.checkup, trainer.ranks
     next_plot = time.perf_counter() + SECONDS_BEFORE_PLOTS
-    if result.last is not None and _ends(result.last, trainer, result, listener):  # of an attempt that it goes on with
-        return
+    if result.last is not None and ranks.broadcast(_ends(result.last, trainer, result, listener)):
+        return  # an attempt that it goes on with had come to its end
     epochs = trainer.epochs()
     while (record := next(epochs, None)) is not None:
-        if keeper.can_recover(record):
+        if ranks.broadcast(keeper.can_recover(record)):
             result.last = keeper.recover(result.model)
             result.best, result.recoveries = best_of(keeper.epochs), keeper.recoveries
             feeder.tag({"recoveries": str(keeper.recoveries)})
@@ -205,9 +206,9 @@ def train_epochs(
             listener.found(finding)
         if new or checkup.diagnosis.verdict != before.verdict:
             log_diagnosis(result, run_folder, feeder)
-        if _ends(record, trainer, result, listener):
+        if ranks.broadcast(_ends(record, trainer, result, listener)):
             return
-        if start.trial is None and (begun := time.perf_counter()) > next_plot:
+        if start.trial is None and run_folder.is_kept and (begun := time.perf_counter()) > next_plot:
             draw_curves(run_folder.history, start.baselines, run_folder.plots, title=start.experiment)
             next_plot = _time_of_next_plot(begun, time.perf_counter())
     trainer.restore_best()
@@ -260,11 +261,11 @@ def ending(
     """However a run ends, its folder and its MLflow run say how, with everything it has produced."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RankLost):
         result.status = "KILLED"
         raise
     except Exception as error:
-        if not is_out_of_memory(error):
+        if not is_out_of_memory(error) or not run_folder.is_kept:
             raise
         result.checkup.update(run_folder.history, out_of_memory=True)
         result.lost_to = result.checkup.reason_to_stop("error")
@@ -286,6 +287,8 @@ def ending(
 def _keep_end(result: RunResult, run_folder: RunFolder, feeder: Feeder) -> None:
     """Leaves in the folder what the run came to, and tells MLflow."""
     start = result.start
+    if not run_folder.is_kept:
+        return
     if not (result.refused or result.pruned):
         result.checkup.update(run_folder.history, finished=True, stopped_early=result.stopped_early)
     log_diagnosis(result, run_folder, feeder)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ from behrt.config import (
     resolved,
 )
 from behrt.exits import LostRun, RefusedRun, one_line
+from behrt.files import is_locked
 from behrt.imports import first_import
 from behrt.options import (
     PATH,
@@ -34,6 +37,7 @@ from behrt.options import (
     preset_option,
     training_options,
 )
+from behrt.ranks import ALONE, RankLost, Ranks, RanksDiffer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,6 +46,9 @@ if TYPE_CHECKING:
     from behrt.resume import Attempt
     from behrt.run_report import Listener, RunResult
     from behrt.stopper import Stopper
+
+SECONDS_TO_DIE = 30.0
+"""How long a process that torchrun has killed may still seem to hold its folder."""
 
 
 @click.command()
@@ -74,65 +81,87 @@ def train(
     """Pre-train one model. Flags go over the file, the file over the preset, the preset over the defaults.
 
     With --resume, the run goes on with the settings that it was begun with; what else is given must agree with them.
+    On the N GPUs of one machine: torchrun --nproc-per-node N -m behrt train ...
     """
     experiment_file = in_folder(experiment_file)
-    attempt = None
+    ranks = Ranks.of_environment()
     if resume is None:
         settings = load_experiment(experiment_file, preset=preset, flags=given(flags))
         name, folder = place_of_run(settings, experiment_file, experiment, out)
-    else:
-        attempt = attempt_of(resume, out=out, preset=preset, experiment=experiment)
-        settings = settings_to_resume(attempt, experiment_file, given(flags))
-        name, folder = name_of(attempt), attempt.folder
 
     with first_import("torch"):
         from behrt.pretrain import pretrain
+        from behrt.resume import attempt_to_resume
 
-    def recipe(listener: Listener, stopper: Stopper) -> RunResult:
-        return pretrain(
-            settings,
-            experiment=name,
-            folder=folder,
-            listener=listener,
-            force=force,
-            attempt=attempt,
-            stopper=stopper,
-        )
+    with ranks.joined():
+        attempt = None
+        if resume is not None:
+            attempt = ranks.by_first(lambda: attempt_of(resume, out=out, preset=preset, experiment=experiment))
+            settings = settings_to_resume(attempt, experiment_file, given(flags))
+            name, folder = ranks.by_first(partial(name_of, attempt)), attempt.folder
+        elif former := ranks.by_first(lambda: status_before_restart(folder, ranks)):
+            if former == "FINISHED":
+                return
+            attempt = ranks.by_first(lambda: attempt_to_resume(str(folder), lambda state: folder))
+            settings = attempt.settings
+        name, folder = ranks.broadcast((name, folder))
 
-    carry_out(recipe, folder, command="train", is_new=attempt is None, as_json=as_json)
+        def recipe(listener: Listener, stopper: Stopper) -> RunResult:
+            return pretrain(
+                settings,
+                experiment=name,
+                folder=folder,
+                listener=listener,
+                force=force,
+                attempt=attempt,
+                stopper=stopper,
+                ranks=ranks,
+            )
+
+        carry_out(recipe, folder, command="train", is_new=attempt is None, as_json=as_json, ranks=ranks)
 
 
 def carry_out(
-    recipe: Callable[[Listener, Stopper], RunResult], folder: Path, *, command: str, is_new: bool, as_json: bool
+    recipe: Callable[[Listener, Stopper], RunResult],
+    folder: Path,
+    *,
+    command: str,
+    is_new: bool,
+    as_json: bool,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Runs a recipe before a person's eyes, who may stop it, and says what came of it.
 
     Args:
         command: that goes on with the run.
         is_new: whether the run makes room for itself; one that died in its folder is marked so first.
+        ranks: that carry it out together; the first one speaks.
     """
     with first_import("torch"):
         from behrt.console import TerminalListener
+        from behrt.run_report import Listener
         from behrt.stopper import Stopper
         from behrt.sync import settle_dead
         from behrt.terminal import stderr_console
 
     console = stderr_console()
     listener = TerminalListener(console)
-    if is_new and settle_dead(folder):
+    if ranks.is_first and is_new and settle_dead(folder):
         console.print(
             f"The run in {folder} died without a word, and is marked so; it is kept in {folder / 'earlier'}.",
             markup=False,
         )
-    stopper = Stopper(insists=True)
+    stopper = Stopper(insists=ranks.is_alone, is_patient=not ranks.is_alone)
     try:
         with stopper.interrupting():
-            result = recipe(listener, stopper)
-    except KeyboardInterrupt:
+            result = recipe(listener if ranks.is_first else Listener(), stopper)
+    except (KeyboardInterrupt, RankLost):
         if listener.has_started:
             listener.stop()
             console.print(f"To go on: {how_to_go_on(folder, command)}", markup=False)
         raise
+    except RanksDiffer as error:
+        raise LostRun(f"{error}; the checkpoint before that is whole: {how_to_go_on(folder, command)}") from error
     except OSError as error:  # a full disk, above all
         if not listener.has_started:
             raise
@@ -141,7 +170,24 @@ def carry_out(
     finally:
         stopper.close()
         listener.stop()
-    tell_end(result, console, as_json=as_json)
+    ranks.by_first(lambda: tell_end(result, console, as_json=as_json))
+
+
+def status_before_restart(folder: Path, ranks: Ranks) -> str | None:
+    """How the run in `folder` stands that this very torchrun has begun before it started its processes again."""
+    if not ranks.restarts:
+        return None
+    from behrt.feeding import TrackingRecord
+    from behrt.pretrain import LAUNCH
+
+    deadline = time.monotonic() + SECONDS_TO_DIE
+    while is_locked(folder) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    try:
+        record = TrackingRecord.load(folder)
+    except UserError:  # it died before it had one
+        return None
+    return record.status if record.tags.get(LAUNCH) == ranks.launch else None
 
 
 def tell_end(result: RunResult, console: Console, *, as_json: bool) -> None:

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "behrt"
 
 # One row a layer, from the data to the command line; inside a row a file may import from those to its left.
 LAYERS = (
-    ("config", "files", "imports", "devices", "prepare_options", "events", "fingerprint", "parallel"),
+    ("config", "files", "imports", "devices", "ranks", "prepare_options", "events", "fingerprint", "parallel"),
     (
         "coding", "visits", "cleaning", "sources.tables", "sources.placement", "sources.meds", "sources.mimic",
         "sources.omop", "sources.synthea", "vocabulary", "labels", "concordance", "population", "outcomes", "cohort",
