@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -170,6 +171,24 @@ def test_uneven_shares_and_none_at_all_give_the_step_of_the_whole(tmp_path: Path
     assert found[0] == pytest.approx(alone, rel=1e-5)
     of_a_part = regress(Ranks(), [uneven[1]])
     assert found[0] != pytest.approx(of_a_part, rel=1e-3)
+
+
+def leaves_out(ranks: Ranks, with_share: int) -> tuple[bool, bool]:
+    """Whether decay moves a parameter that no loss depends on, and one that the loss of a single rank depends on."""
+    model = nn.ModuleList([regression(), regression()])
+    unused, used = (module.weight.detach().clone() for module in model)
+    trainer = Trainer(
+        model, lambda model, batch: squared_error(model[1], batch),
+        steps=Steps([[points(8, 0)] if ranks.rank == with_share else []]), train_evaluation=[points(5, 1)],
+        validation=[points(7, 2)], settings=TrainingSettings(epochs=2, weight_decay=0.9), device=torch.device("cpu"),
+        ranks=ranks,
+    )  # fmt: skip
+    list(trainer.epochs())
+    return torch.equal(model[0].weight, unused), torch.equal(model[1].weight, used)
+
+
+def test_what_no_rank_has_reached_is_left_as_it_is(tmp_path: Path) -> None:
+    assert on_ranks(tmp_path, 2, leaves_out, 1) == [(True, False)] * 2 == [leaves_out(Ranks(), 0)] * 2
 
 
 class Halving(Steps):
