@@ -40,8 +40,7 @@ if TYPE_CHECKING:
 
     from behrt.doctor.rule import Finding
     from behrt.resume import Attempt
-    from behrt.run_report import Listener, RunResult
-    from behrt.stopper import Stopper
+    from behrt.run_report import RunResult
 
 
 @click.command()
@@ -88,28 +87,26 @@ def train(
     with first_import("torch"):
         from behrt.pretrain import pretrain
 
-    def recipe(listener: Listener, stopper: Stopper) -> RunResult:
-        return pretrain(
-            settings,
-            experiment=name,
-            folder=folder,
-            listener=listener,
-            force=force,
-            attempt=attempt,
-            stopper=stopper,
-        )
-
-    carry_out(recipe, folder, command="train", is_new=attempt is None, as_json=as_json)
+    carry_out(pretrain, settings, name, folder, attempt, command="train", force=force, as_json=as_json)
 
 
 def carry_out(
-    recipe: Callable[[Listener, Stopper], RunResult], folder: Path, *, command: str, is_new: bool, as_json: bool
+    recipe: Callable[..., RunResult],
+    settings: ExperimentSettings,
+    experiment: str,
+    folder: Path,
+    attempt: Attempt | None,
+    *,
+    command: str,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Runs a recipe before a person's eyes, who may stop it, and says what came of it.
 
     Args:
+        recipe: `pretrain` or `finetune`.
+        attempt: one that goes on. A new run makes room for itself; one that died in its folder is marked so first.
         command: that goes on with the run.
-        is_new: whether the run makes room for itself; one that died in its folder is marked so first.
     """
     with first_import("torch"):
         from behrt.console import TerminalListener
@@ -119,7 +116,7 @@ def carry_out(
 
     console = stderr_console()
     listener = TerminalListener(console)
-    if is_new and settle_dead(folder):
+    if attempt is None and settle_dead(folder):
         console.print(
             f"The run in {folder} died without a word, and is marked so; it is kept in {folder / 'earlier'}.",
             markup=False,
@@ -127,7 +124,15 @@ def carry_out(
     stopper = Stopper(insists=True)
     try:
         with stopper.interrupting():
-            result = recipe(listener, stopper)
+            result = recipe(
+                settings,
+                experiment=experiment,
+                folder=folder,
+                listener=listener,
+                force=force,
+                attempt=attempt,
+                stopper=stopper,
+            )
     except KeyboardInterrupt:
         if listener.has_started:
             listener.stop()
