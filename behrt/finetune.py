@@ -200,7 +200,7 @@ def finetune(
     found = read_task_data(settings, data)
     task, scores = found.task, first_scores(found.task, found.training)
     about = found.about()
-    changes = changes_of(attempt, settings, data, labels_digest=found.digest)
+    changes = changes_of(attempt, settings, data, labels_digest=about["labels_digest"])
     former_base = read_base(attempt.checkpoint) if attempt is not None and attempt.checkpoint is not None else None
     model, base, transplanted = build_task_model(settings, data, task, scores, former_base)
     layout = ExampleLayout(model.config.max_position)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -12,10 +12,6 @@ from behrt.config import EXPERIMENT_NAME, FinetuneSettings, UserError
 from behrt.imports import first_import
 from behrt.options import PATH, given, json_option, options, setting, training_options
 from behrt.train_command import attempt_of, carry_out, name_of
-
-if TYPE_CHECKING:
-    from behrt.run_report import Listener, RunResult
-    from behrt.stopper import Stopper
 
 mode_options = options(
     setting("dropout", "Dropout of encoder and head.  [default: the run's]", type=float),
@@ -130,18 +126,7 @@ def finetune(
     if not EXPERIMENT_NAME.fullmatch(name):
         raise UserError(f"--experiment: {name!r} is no folder name; use letters, digits, '.', '_' and '-'")
 
-    def carried_out(listener: Listener, stopper: Stopper) -> RunResult:
-        return recipe(
-            settings,
-            experiment=name,
-            folder=folder,
-            listener=listener,
-            force=force,
-            attempt=attempt,
-            stopper=stopper,
-        )
-
-    carry_out(carried_out, folder, command="finetune", is_new=attempt is None, as_json=as_json)
+    carry_out(recipe, settings, name, folder, attempt, command="finetune", force=force, as_json=as_json)
 
 
 @click.command()

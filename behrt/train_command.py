@@ -44,8 +44,7 @@ if TYPE_CHECKING:
 
     from behrt.doctor.rule import Finding
     from behrt.resume import Attempt
-    from behrt.run_report import Listener, RunResult
-    from behrt.stopper import Stopper
+    from behrt.run_report import RunResult
 
 SECONDS_TO_DIE = 30.0
 """How long a process that torchrun has killed may still seem to hold its folder."""
@@ -106,35 +105,28 @@ def train(
             settings = attempt.settings
         name, folder = ranks.broadcast((name, folder))
 
-        def recipe(listener: Listener, stopper: Stopper) -> RunResult:
-            return pretrain(
-                settings,
-                experiment=name,
-                folder=folder,
-                listener=listener,
-                force=force,
-                attempt=attempt,
-                stopper=stopper,
-                ranks=ranks,
-            )
-
-        carry_out(recipe, folder, command="train", is_new=attempt is None, as_json=as_json, ranks=ranks)
+        recipe = partial(pretrain, ranks=ranks)
+        carry_out(recipe, settings, name, folder, attempt, command="train", force=force, as_json=as_json, ranks=ranks)
 
 
 def carry_out(
-    recipe: Callable[[Listener, Stopper], RunResult],
+    recipe: Callable[..., RunResult],
+    settings: ExperimentSettings,
+    experiment: str,
     folder: Path,
+    attempt: Attempt | None,
     *,
     command: str,
-    is_new: bool,
+    force: bool,
     as_json: bool,
     ranks: Ranks = ALONE,
 ) -> None:
     """Runs a recipe before a person's eyes, who may stop it, and says what came of it.
 
     Args:
+        recipe: `pretrain` or `finetune`.
+        attempt: one that goes on. A new run makes room for itself; one that died in its folder is marked so first.
         command: that goes on with the run.
-        is_new: whether the run makes room for itself; one that died in its folder is marked so first.
         ranks: that carry it out together; the first one speaks.
     """
     with first_import("torch"):
@@ -146,7 +138,7 @@ def carry_out(
 
     console = stderr_console()
     listener = TerminalListener(console)
-    if ranks.is_first and is_new and settle_dead(folder):
+    if ranks.is_first and attempt is None and settle_dead(folder):
         console.print(
             f"The run in {folder} died without a word, and is marked so; it is kept in {folder / 'earlier'}.",
             markup=False,
@@ -154,7 +146,15 @@ def carry_out(
     stopper = Stopper(insists=ranks.is_alone, is_patient=not ranks.is_alone)
     try:
         with stopper.interrupting():
-            result = recipe(listener if ranks.is_first else Listener(), stopper)
+            result = recipe(
+                settings,
+                experiment=experiment,
+                folder=folder,
+                listener=listener if ranks.is_first else Listener(),
+                force=force,
+                attempt=attempt,
+                stopper=stopper,
+            )
     except (KeyboardInterrupt, RankLost):
         if listener.has_started:
             listener.stop()

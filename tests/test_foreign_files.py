@@ -332,7 +332,7 @@ def test_a_checkpoint_of_another_name_than_best_and_last_is_none(workspace: Work
     assert load_run(tmp_path / "run", checkpoint="last").epoch == 3
 
 
-@pytest.mark.parametrize("run_id", ["../../outside", "/tmp/outside", "a" * 31, 7, None])
+@pytest.mark.parametrize("run_id", ["../../outside", "/outside", "a" * 31, 7, None])
 def test_a_run_id_that_is_none_is_not_believed(run_id: object, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"run_id": run_id}))
     assert run_id_of(tmp_path) is None

@@ -29,7 +29,7 @@ LAYERS = (
         "tasks.task_options", "tasks.codesets", "tasks.timelines", "tasks.moments", "tasks.windows",
         "tasks.readmission", "tasks.disease", "tasks.survival", "tasks.phenotyping", "tasks.building",
         "tasks.features", "tasks.intervals", "tasks.metrics", "tasks.examples",
-        "tasks.heads", "tasks.example_batches", "tasks.finetuned", "tasks.weighted", "tasks.histories",
+        "tasks.heads", "tasks.example_batches", "tasks.finetuned", "tasks.probing", "tasks.weighted", "tasks.histories",
         "tasks.baselines", "tasks.assessment", "tasks.training_labels", "tasks.predictions", "tasks.task_plots",
     ),
     ("stopper", "run_report", "resume", "changes", "keeping", "lifecycle", "pretrain", "finetune_settings", "finetune",

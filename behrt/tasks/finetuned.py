@@ -90,7 +90,12 @@ class TaskDescription:
 
     def loss(self) -> Callable[[nn.Module, ExampleBatch], LossSums]:
         """The loss of a batch, summed over the labels that are known, or over the patients of a survival task."""
-        return self._survival_sums if self.kind == "survival" else self._binary_sums
+        return self._sums
+
+    def _sums(self, model: nn.Module, batch: ExampleBatch) -> LossSums:
+        logits = scores_of(model, batch)
+        loss = self.summed_loss(logits, batch.targets, batch.days)
+        return LossSums(loss, None if model.training else self._hits(logits, batch))
 
     def summed_loss(self, logits: torch.Tensor, targets: torch.Tensor, days: torch.Tensor) -> torch.Tensor:
         """The loss of scores, [examples, outputs], summed as `loss` has it; the rest as of `ExampleBatch`."""
@@ -98,16 +103,10 @@ class TaskDescription:
             return survival_loss(logits, days, targets[:, 0] > 0, logits.new_tensor(self.edges))
         return binary_loss(logits, targets, logits.new_tensor(self.weights) if self.weights else None)
 
-    def _binary_sums(self, model: nn.Module, batch: ExampleBatch) -> LossSums:
-        logits = scores_of(model, batch)
-        hits = (((logits > self._shift(logits)) == (batch.targets > 0)) & known_labels(batch.targets)).sum()
-        return LossSums(self.summed_loss(logits, batch.targets, batch.days), None if model.training else hits)
-
-    def _survival_sums(self, model: nn.Module, batch: ExampleBatch) -> LossSums:
-        logits = scores_of(model, batch)
-        asked = batch.days, batch.targets[:, 0] > 0, torch.tensor(self.edges, device=logits.device)
-        loss = self.summed_loss(logits, batch.targets, batch.days)
-        return LossSums(loss, None if model.training else survival_hits(logits, *asked))
+    def _hits(self, logits: torch.Tensor, batch: ExampleBatch) -> torch.Tensor:
+        if self.kind == "survival":
+            return survival_hits(logits, batch.days, batch.targets[:, 0] > 0, logits.new_tensor(self.edges))
+        return (((logits > self._shift(logits)) == (batch.targets > 0)) & known_labels(batch.targets)).sum()
 
     def _shift(self, logits: torch.Tensor) -> torch.Tensor:
         """What weights in the loss add to the logits, [names]: without it, probabilities would be too high."""

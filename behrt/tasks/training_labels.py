@@ -52,17 +52,15 @@ class TaskData:
             "patients": {name: len(np.unique(part.patients)) for name, part in parts.items()},
             "true_share": {name: _true_share(part) for name, part in parts.items()},
             "dropped": {name: count for name, count in self.counts.items() if name != "rows"},
-            "labels_digest": self.digest,
+            "labels_digest": labels_digest(self.training, self.tuning),
         }
-
-    @property
-    def digest(self) -> str:
-        """Of all labels together, those that are trained on and those of tuning: a run goes on with no others."""
-        return labels_digest(self.training, self.tuning)
 
 
 def labels_digest(training: Examples, tuning: Examples) -> str:
-    """What tells labels from others: SHA-256 of whose they are, of when, and of what they say."""
+    """What tells labels from others: SHA-256 of whose they are, of when, and of what they say.
+
+    All of a run's together, those that are trained on and those of tuning: it goes on with no others.
+    """
     digest = sha256()
     for part in (training, tuning):
         digest.update(repr((part.kind, part.names)).encode())
