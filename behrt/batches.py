@@ -314,7 +314,8 @@ class TrainingBatches:
         split: the training patients.
         patients: int64 indices of those that are used.
         batch_size: patients per optimizer step; the last step of an epoch may have fewer.
-        accumulation_steps: micro-batches that a step is divided into.
+        accumulation_steps: micro-batches that a step is divided into on each rank.
+        rank, ranks: which of so many processes computes them; each gets every so manieth, and together they get all.
         max_position: longest sequence; `row_length` (at least as long) is the width of the rows.
         mlm_probability: share of the ordinary tokens that are selected.
     """
@@ -331,6 +332,8 @@ class TrainingBatches:
         vocab_size: int,
         seed: int,
         mlm_probability: float = SELECTED_SHARE,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         assert row_length >= max_position
         self._split = split
@@ -342,6 +345,8 @@ class TrainingBatches:
         self._vocab_size = vocab_size
         self._seed = seed
         self._mlm_probability = mlm_probability
+        self._rank = rank
+        self._ranks = ranks
 
     @property
     def steps_per_epoch(self) -> int:
@@ -350,7 +355,10 @@ class TrainingBatches:
     def epoch(
         self, epoch: int, first_step: int = 0, *, accumulation_steps: int | None = None
     ) -> Iterator[list[PackedBatch]]:
-        """The micro-batches of each step of an epoch, from `first_step` on; in how many, changes no draw."""
+        """This rank's micro-batches of each step of an epoch, from `first_step` on; in how many, changes no draw.
+
+        A step of fewer patients than micro-batches leaves some ranks without any.
+        """
         accumulation_steps = accumulation_steps or self._accumulation_steps
         order = stream(self._seed, Stream.ORDER, epoch).permutation(self._patients)
         for step in range(first_step, self.steps_per_epoch):
@@ -367,6 +375,7 @@ class TrainingBatches:
                     selected_share=self._mlm_probability,
                 ),
             )
-            parts = min(accumulation_steps, len(patients))
-            bounds = np.linspace(0, len(patients), parts + 1).round().astype(int).tolist()
-            yield [masked.batch(first, stop, row_length=self._row_length) for first, stop in itertools.pairwise(bounds)]
+            parts = min(accumulation_steps * self._ranks, len(patients))
+            bounds = itertools.pairwise(np.linspace(0, len(patients), parts + 1).round().astype(int).tolist())
+            own = itertools.islice(bounds, self._rank, None, self._ranks)
+            yield [masked.batch(first, stop, row_length=self._row_length) for first, stop in own]

@@ -41,9 +41,11 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from behrt.cohort import COHORT_FILES, load_cohort
-from behrt.config import UserError, refuse_what_is_no_file
-from behrt.floor import codes_are_unchanged, emission_of_tokens, states_at_the_end
+from behrt.cohort import load_cohort
+from behrt.concordance import harrell_c
+from behrt.config import UserError
+from behrt.floor import codes_are_unchanged, emission_of_tokens, is_known, states_at_the_end
+from behrt.labels import read_labels
 from behrt.outcomes import MODEL_FILE, OUTCOMES, OutcomeModel, load_outcome_model
 from behrt.population import Population
 from behrt.sequences import PreparedData, open_prepared
@@ -87,8 +89,7 @@ def has_ceiling(data: PreparedData, labels: Path) -> bool:
     return (
         labels.stem in OUTCOMES
         and (labels.parent / MODEL_FILE).is_file()
-        and (data.folder / COHORT_FILES[0]).is_file()
-        and codes_are_unchanged(data.info["options"])
+        and is_known(data.folder, data.info["options"])
     )
 
 
@@ -104,7 +105,7 @@ def ceiling(prepared: Path, labels: Path, *, split: str = "held_out") -> Ceiling
     """
     data = open_prepared(prepared)
     model = load_outcome_model(labels.parent)
-    rows, states = exact_states(data, read_labels(labels), split=split)
+    rows, states = exact_states(data, outcome_labels(labels), split=split)
     if states.shape[1:] != model.disease.shape:
         raise UserError(f"{labels}: of another structure than {prepared}; name the labels of this cohort")
     return ceiling_of(labels.stem, model, states, rows)
@@ -116,7 +117,7 @@ def ceiling_of(outcome: str, model: OutcomeModel, states: NDArray[np.float64], r
     happened = rows["boolean_value"].to_numpy()
     expected = expected_metric(outcome, model, states, risk)
     if outcome == "survival":
-        reached = c_index(happened, rows["float_value"].to_numpy(), risk)
+        reached = harrell_c(happened, rows["float_value"].to_numpy(), risk)
         bound = bound_of_c_index(first_seen(model, states[evenly(len(rows))]))
     else:
         reached, bound = auroc(happened.astype(np.float64), 1.0 - happened, risk), expected
@@ -153,22 +154,18 @@ def evenly(rows: int) -> NDArray[np.int64]:
 # --- exact predictions
 
 
-def read_labels(path: Path) -> pl.DataFrame:
+def outcome_labels(path: Path) -> pl.DataFrame:
     """A label file of a simulated cohort: `subject_id`, `prediction_time`, `boolean_value`, of survival `float_value`.
 
     Raises:
         UserError: missing, damaged, or another file.
     """
-    refuse_what_is_no_file(path)
     if path.stem not in OUTCOMES:
         raise UserError(f"{path}: no outcome of a simulated cohort; expected one of {', '.join(OUTCOMES)}.parquet")
-    columns = ["subject_id", "prediction_time", "boolean_value", *(["float_value"] if path.stem == "survival" else [])]
-    try:
-        return pl.read_parquet(path, columns=columns, glob=False)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; simulate the cohort again, labels are written with it") from None
-    except (OSError, pl.exceptions.PolarsError):
-        raise UserError(f"{path}: damaged, or without {', '.join(columns)}; simulate the cohort again") from None
+    labels, expected = read_labels(path), "survival" if path.stem == "survival" else "binary"
+    if labels.kind != expected:
+        raise UserError(f"{path}: holds {labels.kind} labels, expected {expected} ones; simulate the cohort again")
+    return labels.table
 
 
 def exact_states(data: PreparedData, rows: pl.DataFrame, *, split: str) -> tuple[pl.DataFrame, NDArray[np.float64]]:
@@ -268,22 +265,6 @@ def auroc(positive: NDArray[np.float64], negative: NDArray[np.float64], score: N
     if pairs <= 0:
         return float("nan")
     return (float((positives * (below + negatives / 2)).sum()) - itself / 2) / pairs
-
-
-def c_index(event: NDArray[np.bool_], days: NDArray[np.float64], risk: NDArray[np.float64]) -> float:
-    """Harrell's C: of pairs in which one is seen to have the event first, the share in which its risk is higher.
-
-    Ties of risk count half; of two at the same time, an event comes before an end of follow-up. NaN without any pair.
-
-    >>> c_index(np.array([True, False, True]), np.array([1.0, 2.0, 3.0]), np.array([0.9, 0.1, 0.9]))
-    0.75
-    """
-    comparable = concordant = 0.0
-    for row in np.flatnonzero(event):
-        later = (days > days[row]) | ((days == days[row]) & ~event)
-        comparable += later.sum()
-        concordant += (risk[later] < risk[row]).sum() + (risk[later] == risk[row]).sum() / 2
-    return float(concordant / comparable) if comparable else float("nan")
 
 
 def expected_c_index(first: NDArray[np.float64], risk: NDArray[np.float64]) -> float:

@@ -314,31 +314,22 @@ def load_checkpoint(folder: Path, *, load_base: Callable[[Base], Checkpoint] | N
     return Checkpoint(model=model.eval(), vocabulary=vocabulary, epoch=epoch, base=base)
 
 
-def restore_checkpoint(
-    folder: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
-    *,
-    load_base: Callable[[Base], Checkpoint] | None = None,
-) -> int:
+def restore_checkpoint(folder: Path, saved: nn.Module, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Puts the weights of a checkpoint into `model`, which was built alike, and its state into the `optimizer`.
 
-    Returns:
-        The epoch after which it was saved.
+    Args:
+        saved: the model that was loaded from it.
 
     Raises:
-        UserError: no checkpoint, a damaged one, one of another model, or one without the state of an optimizer.
+        UserError: one of another model, or one without the state of an optimizer.
     """
-    checkpoint = load_checkpoint(folder, load_base=load_base)
-    state = checkpoint.model.state_dict()
+    state = saved.state_dict()
     if {name: value.shape for name, value in state.items()} != {
         name: value.shape for name, value in model.state_dict().items()
     }:
         raise UserError(f"{folder}: its tensors do not fit the model that the settings describe")
     model.load_state_dict(state)
-    if optimizer is not None:
-        _load_optimizer(optimizer, model, folder / OPTIMIZER_FILE)
-    return checkpoint.epoch
+    _load_optimizer(optimizer, model, folder / OPTIMIZER_FILE)
 
 
 def make_base(

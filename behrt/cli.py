@@ -12,7 +12,9 @@ import logging
 import signal
 import socket
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +49,13 @@ from behrt.options import (
     training_options,
 )
 from behrt.prepare_options import PrepareOptions
+from behrt.ranks import EndedElsewhere, RankError, RankLost, Ranks
 from behrt.stopper import Terminated
 from behrt.sweep_commands import sweep
 from behrt.train_command import train
 
+SECONDS_TO_SPEAK = 10.0
+"""How long a rank that ends without a word waits for the one that says why."""
 LONGEST_LINE = 900
 """Characters of an error; a value of thousands, quoted by click or by a library, loses its middle."""
 
@@ -82,7 +87,11 @@ def cli(debug: bool) -> None:
     What went wrong: behrt doctor experiments/NAME
     All runs:        behrt ui
     """
-    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    ranks, command = Ranks.of_environment(), click.get_current_context().invoked_subcommand
+    level = logging.DEBUG if debug else logging.WARNING if ranks.is_first else logging.ERROR
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    if not ranks.is_alone and command != "train":
+        raise UserError(f"torchrun: several processes share a behrt train, not a behrt {command}; start it by itself")
 
 
 @cli.command()
@@ -369,15 +378,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (click.ClickException, UserError, OSError) as error:
         if debug:
             raise
-        return fail(f"behrt: {one_line(error)}", EXIT_MISTAKE)
+        return fail(f"behrt: {one_line(error)}", EXIT_MISTAKE, speaks=isinstance(error, RankError))
+    except EndedElsewhere as error:
+        return let_others_speak(error.code)
+    except RankLost:
+        return fail_by_signal("behrt: stopped, because another process of the run has ended", EXIT_TERMINATED)
     except RefusedRun as error:
         return fail(f"behrt: {error}", EXIT_REFUSED)
     except LostRun as error:
         return fail(f"behrt: {error}", EXIT_LOST)
     except (KeyboardInterrupt, click.Abort) as error:  # click wraps the first in the second
         if isinstance(error, Terminated) or isinstance(error.__cause__, Terminated):
-            return fail("behrt: stopped by SIGTERM", EXIT_TERMINATED)
-        return fail("behrt: stopped", EXIT_INTERRUPTED)
+            return fail_by_signal("behrt: stopped by SIGTERM", EXIT_TERMINATED)
+        return fail_by_signal("behrt: stopped", EXIT_INTERRUPTED)
     finally:
         signal.signal(signal.SIGTERM, former_handler)
 
@@ -386,7 +399,26 @@ def terminate(signal_number: int, frame: object) -> None:
     raise Terminated
 
 
-def fail(message: str, code: int) -> int:
+def fail(message: str, code: int, *, speaks: bool = False) -> int:
+    """Says why a command ends. Of several ranks the first says it, and another only where it `speaks` for itself."""
+    if not (speaks or Ranks.of_environment().is_first):
+        return let_others_speak(code)
+    return say(message, code)
+
+
+def fail_by_signal(message: str, code: int) -> int:
+    """The same of what ends all ranks at once."""
+    return say(message, code) if Ranks.of_environment().is_first else code
+
+
+def let_others_speak(code: int) -> int:
+    """Ends after the rank that says why: torchrun ends all others as soon as it sees that one has ended."""
+    with suppress(KeyboardInterrupt):
+        time.sleep(SECONDS_TO_SPEAK)
+    return code
+
+
+def say(message: str, code: int) -> int:
     line = " ".join(message.split())
     click.echo(line if len(line) <= LONGEST_LINE else f"{line[:600]} ... {line[-200:]}", err=True)
     return code

@@ -12,7 +12,7 @@ import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -378,6 +378,8 @@ class TaskSettings(Section):
         from_scratch: train an encoder of that run's shape from random weights instead.
         gap: days before a prediction that are hidden.
         max_labels: use only so many training labels, by the seed of the training.
+        head_start: where the head begins: at the best linear probe of the encoder as it is (`tasks/probing.py`), or at
+            scores that are the same for everybody.
     """
 
     task: str
@@ -387,6 +389,7 @@ class TaskSettings(Section):
     gap: float = Field(default=0.0, ge=0, le=100_000)
     class_weights: Literal["none", "balanced"] = "none"
     max_labels: int | None = Field(default=None, ge=1, le=MAX_SEED)
+    head_start: Literal["probe", "prevalence"] = "probe"
 
     @field_validator("task")
     @classmethod
@@ -401,6 +404,8 @@ class FinetuneSettings(ExperimentSettings):
 
     task: TaskSettings
 
+
+AnySettings = TypeVar("AnySettings", bound=ExperimentSettings)
 
 SECTIONS: dict[str, type[Section]] = {
     "model": ModelSettings,
@@ -553,10 +558,24 @@ def read_experiment_file(
 
 def build_settings(nested: Mapping[str, Any], *, where: str = "settings") -> ExperimentSettings:
     """Validated settings from a nested mapping; errors name `where` (a file, or the flags)."""
+    return _built(ExperimentSettings, nested, where)
+
+
+def build_finetune_settings(nested: Mapping[str, Any], *, where: str) -> FinetuneSettings:
+    """The same of a fine-tuning."""
+    return _built(FinetuneSettings, nested, where)
+
+
+def settings_of_run(nested: Mapping[str, Any], *, where: str) -> ExperimentSettings:
+    """Those that a run was begun with: of a fine-tuning, which has a task, `FinetuneSettings`."""
+    return _built(FinetuneSettings if "task" in nested else ExperimentSettings, nested, where)
+
+
+def _built(kind: type[AnySettings], nested: Mapping[str, Any], where: str) -> AnySettings:
     try:
-        return ExperimentSettings.model_validate(dict(nested))
+        return kind.model_validate(dict(nested))
     except ValidationError as error:
-        raise UserError(describe_validation_error(error, ExperimentSettings, where)) from None
+        raise UserError(describe_validation_error(error, kind, where)) from None
 
 
 def load_experiment(

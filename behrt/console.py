@@ -109,7 +109,8 @@ class TerminalListener(Listener):
             + (f" ({start.truncated_share:.1%} of the tokens beyond)" if start.truncated_share >= 0.001 else ""),
             f"  model      {settings.model.model_size}, {parameter_summary(start.counts)}",
             f"  training   {settings.training.epochs} epochs of {start.steps_per_epoch:,} steps, "
-            f"lr {settings.training.lr:g}, on {start.device} in {start.precision}",
+            f"lr {settings.training.lr:g}, on {start.device} in {start.precision}"
+            + (f", {start.ranks} processes" if start.ranks > 1 else ""),
             f"  baselines  {baseline_summary(start)}",
             f"  context    {context_summary(start.baselines)}" if start.task is None else task_summary(start.task),
         ]

@@ -15,11 +15,11 @@ from behrt.checkpoints import read_about
 from behrt.config import UserError
 from behrt.events import SPLITS
 from behrt.files import replacing_file
+from behrt.labels import KINDS
 from behrt.runs import checkpoint_folder
 from behrt.sequences import open_prepared
 from behrt.tasks.examples import PREDICTED, last_moments, read_examples
 from behrt.tasks.finetuned import embed
-from behrt.tasks.labels import KINDS
 
 
 def write_embeddings(

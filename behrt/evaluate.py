@@ -43,12 +43,14 @@ from behrt.tasks.assessment import (
     subgroups,
     verdict,
 )
-from behrt.tasks.baselines import Baseline, fit_baselines, history_of, threads_for
+from behrt.tasks.baselines import Baseline, fit_baselines, threads_for
 from behrt.tasks.examples import Examples, read_examples
 from behrt.tasks.finetuned import Finetuned, load_finetuned, predict
+from behrt.tasks.histories import history_of
 from behrt.tasks.intervals import DRAWS
 from behrt.tasks.predictions import write_predictions
 from behrt.tasks.task_plots import draw_evaluation
+from behrt.tasks.training_labels import labels_digest
 
 log = logging.getLogger(__name__)
 
@@ -84,20 +86,27 @@ def evaluate(
         progress: told of stages.
 
     Raises:
-        UserError: no such run, a pre-trained one; labels or records that are missing, damaged, or of another task; no
-            label of a patient of the split.
+        UserError: no such run, a pre-trained one; labels or records that are missing or damaged; labels of another
+            kind, of other names, or of what the file itself calls another task; no label of a patient of the split.
     """
     folder = locate_run(run)
     finetuned = load_finetuned(folder)
     settings = read_settings(folder)
     if settings.data.data is None and data is None:
         raise UserError(f"{folder}: does not say which records it was trained on; name them with --data")
-    prepared = open_prepared(data or Path(str(settings.data.data)))
+    prepared = _records(data, Path(str(settings.data.data)))
     label_file = labels or Path(settings.task.labels)
+    if labels is None and not label_file.exists():
+        raise UserError(f"{label_file}: the labels of the training are not there any more; name them with --labels")
     task = finetuned.task
     for name in {split, "train", "tuning"}:
         prepared.split(name).check(len(prepared.vocabulary))
     records = read_examples(label_file, prepared, gap=task.gap, names=task.names, kinds=(task.kind,))
+    if None not in (task.labels_of, records.task) and records.task != task.labels_of:
+        raise UserError(
+            f"{label_file}: holds labels of {records.task!r}, and the run predicts {task.labels_of!r}; name labels of "
+            "its own task with --labels"
+        )
     examples, tuning, train = records[split], records["tuning"], records["train"]
     if not len(examples):
         raise UserError(f"{label_file}: no row of a patient of the {split} split of {prepared.folder}")
@@ -140,10 +149,10 @@ def evaluate(
             for number, name in enumerate(examples.names)
         },
         assessment=assessment,
-        sentences=[
-            *_differences_from_training(folder, settings, prepared, labels, records.counts),
-            *verdict(assessment, task=task.name, patients=len(np.unique(examples.patients))),
-        ],
+        notes=_differences_from_training(
+            folder, settings, prepared, label_file, labels_digest(train, tuning), records.counts
+        ),
+        sentences=verdict(assessment, task=task.name, patients=len(np.unique(examples.patients))),
         about_baselines={each.name: each.about for each in baselines},
         ceiling=None if best is None else replace(best[0], share_reached=assessment.share_of_ceiling),
         subgroups=subgroups(examples, predictors, groups, tuning=tuning, train=train, draws=draws, seed=seed),
@@ -169,14 +178,34 @@ def read_settings(folder: Path) -> FinetuneSettings:
         raise UserError(f"{path}: is damaged, or not of a fine-tuned run; fine-tune again") from None
 
 
+def _records(named: Path | None, of_training: Path) -> PreparedData:
+    """The records that are named, else those of the training, which may have moved since."""
+    if named is not None:
+        return open_prepared(named)
+    try:
+        return open_prepared(of_training)
+    except UserError as error:
+        raise UserError(f"{error}; where the records of the training have moved, name them with --data") from None
+
+
 def _differences_from_training(
-    folder: Path, settings: FinetuneSettings, data: PreparedData, labels: Path | None, counts: Mapping[str, int]
+    folder: Path,
+    settings: FinetuneSettings,
+    data: PreparedData,
+    labels: Path,
+    digest: str,
+    counts: Mapping[str, int],
 ) -> list[str]:
     """What whoever reads the figures has to know of labels and records, in sentences."""
     found = []
-    if labels is not None and labels.resolve() != Path(settings.task.labels).resolve():
-        found.append("The labels are others than those that the run was trained on; so are those of the baselines.")
-    if data.digest != read_run(folder).get("dataset", {}).get("digest"):
+    run = read_run(folder)
+    known = (run.get("task") or {}).get("labels_digest")
+    if known != digest if known is not None else labels.resolve() != Path(settings.task.labels).resolve():
+        found.append(
+            f"The labels ({labels.name}) are others than those that the run was trained on; the baselines are fitted "
+            "on these others."
+        )
+    if data.digest != run.get("dataset", {}).get("digest"):
         found.append(
             "The records are others than those that the run was trained on, and patients of its training may be among "
             "them."

@@ -63,6 +63,8 @@ def evaluate(
         )  # fmt: skip
     finally:
         bar.clear()
+    for note in found.notes:
+        console.print(note, markup=False)
     console.print(metrics_table(found))
     if found.subgroups:
         console.print(subgroups_table(found))

@@ -54,6 +54,8 @@ class Evaluation:
 
     Attributes:
         folder: where it was written.
+        notes: how labels and records differ from those of the training.
+        sentences: the verdict.
         prevalence: share of known labels that are true, by name of the label; None where too few patients have it.
         about_baselines: by name, what was chosen on tuning.
         ceiling: of simulated outcomes.
@@ -68,6 +70,7 @@ class Evaluation:
     training_rows: int
     prevalence: Mapping[str, float | None]
     assessment: Assessment
+    notes: Sequence[str]
     sentences: Sequence[str]
     about_baselines: Mapping[str, str]
     ceiling: KnownCeiling | None
@@ -104,7 +107,7 @@ class Evaluation:
                     "outcomes": {
                         name: outcome_of(of[headline]) for name, of in assessment.differences.items() if name != CEILING
                     },
-                    "verdict": list(self.sentences),
+                    "verdict": [*self.notes, *self.sentences],
                     "thresholds": {name: own.tolist() for name, own in assessment.thresholds.items()},
                     "baselines": dict(self.about_baselines),
                     "ceiling": None if self.ceiling is None else asdict(self.ceiling),
@@ -148,7 +151,7 @@ def report(found: Evaluation) -> str:
         f"{found.rows:,} predictions of {found.patients:,} patients; trained on {found.training_rows:,}. 95% intervals "
         f"over {found.draws:,} draws of patients (seed {found.seed}).",
         "",
-        *[f"- {sentence}" for sentence in found.sentences],
+        *[f"- {sentence}" for sentence in (*found.notes, *found.sentences)],
         *([f"- {ceiling_sentence(found)}"] if found.ceiling is not None else []),
         "",
         "| | " + " | ".join(METRICS[name] for name in shown) + " |",

@@ -13,9 +13,13 @@ EXIT_TERMINATED = 143
 class RefusedRun(Exception):
     """A run that the pre-flight kept from training."""
 
+    exit_code = EXIT_REFUSED
+
 
 class LostRun(Exception):
     """A run that ended, but whose model is of no use."""
+
+    exit_code = EXIT_LOST
 
 
 def one_line(error: Exception) -> str:

@@ -155,3 +155,42 @@ class Feeder:
             )
             self._warned = True
         self._has_run.set()
+
+
+class NoFeeder(Feeder):
+    """Of a rank that does not track: it tells nobody of anything, and is never behind."""
+
+    def __init__(self) -> None:
+        pass
+
+    @property
+    def run_id(self) -> str | None:
+        return None
+
+    @property
+    def is_complete(self) -> bool:
+        return True
+
+    def update(self, **fields: Any) -> None:
+        pass
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        pass
+
+    def add_figures(self, figures: Mapping[str, float]) -> None:
+        pass
+
+    def mirror(self, checkpoint: Path) -> None:
+        pass
+
+    def changed(self) -> None:
+        pass
+
+    def wait_for_run(self, seconds: float = 0.0) -> str | None:
+        return None
+
+    def abandon(self) -> None:
+        pass
+
+    def finish(self, *, silence: float = 0.0, limit: float = 0.0) -> bool:
+        return True

@@ -8,8 +8,7 @@ of the task.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from behrt.checkpoints import Base, Transplant, make_base, save_checkpoint
-from behrt.config import (
-    FinetuneSettings,
-    UserError,
-    experiment_yaml,
-)
+from behrt.changes import changes_of
+from behrt.checkpoints import Base, Transplant, make_base, read_base, save_checkpoint
+from behrt.concordance import harrell_c
+from behrt.config import FinetuneSettings, UserError
 from behrt.devices import choose_device, choose_precision
 from behrt.doctor.checkup import Checkup, tolerated
 from behrt.doctor.facts import RunFacts, facts_from_settings
@@ -35,143 +32,59 @@ from behrt.doctor.preflight import (
     untouched,
     without_gradient,
 )
-from behrt.feeder import Feeder
-from behrt.feeding import new_record
-from behrt.history import Baselines, RunFolder
+from behrt.history import RunFolder
 from behrt.keeping import Keeper
 from behrt.lifecycle import (
     adaptation_name,
+    asked_precision,
+    begin_run,
     ending,
-    figures_of_start,
     log_diagnosis,
+    tell_again,
     tell_of_memory,
     train_epochs,
     wait_for_run,
     write_run,
 )
-from behrt.masking import FIXED_SEED, Stream, stream, torch_seed
+from behrt.masking import Stream, torch_seed
 from behrt.parameters import apply_lora_to_behrt, count_parameters, set_trainable, silent_adapters
+from behrt.resume import Attempt, as_it_is_now
 from behrt.run_report import Listener, RunResult, RunStart
-from behrt.runs import checkpoint_folder, is_run_id, load_base, name_base, run_id_of
+from behrt.runs import checkpoint_folder, is_run_id, load_base, load_base_again, name_base, run_id_of
 from behrt.sequences import PreparedData, open_prepared
 from behrt.stopper import Stopper
-from behrt.tasks.assessment import may_be_told
 from behrt.tasks.example_batches import ExampleLayout, ExampleSet, ExampleSteps
-from behrt.tasks.examples import Examples, LabelledRecords, read_examples
-from behrt.tasks.finetuned import TaskDescription, predict_logits
-from behrt.tasks.heads import (
-    BEHRTForTask,
-    balanced_weights,
-    hazard_log_odds,
-    interval_edges,
-    label_shares,
-    log_odds,
-    risk,
-)
-from behrt.tasks.metrics import auroc, harrell_c
+from behrt.tasks.finetuned import TaskDescription, predict_logits, vectors_of
+from behrt.tasks.heads import BEHRTForTask, risk
+from behrt.tasks.metrics import auroc
+from behrt.tasks.probing import Probe, fit_probe
+from behrt.tasks.training_labels import TaskData, first_scores, read_task_data, task_baselines
 from behrt.tracking import PARENT_TAG
 from behrt.trainer import Trainer
 
 
-@dataclass(frozen=True)
-class TaskData:
-    """What a fine-tuning trains and stops on.
-
-    Attributes:
-        training: the training labels that are used.
-        sample: of them, as many as there are tuning labels at most: what `train_loss` is computed on.
-        counts: of the label file.
-    """
-
-    task: TaskDescription
-    training: Examples
-    sample: Examples
-    tuning: Examples
-    counts: Mapping[str, int]
-
-    def about(self) -> dict[str, Any]:
-        """Of the task, for people and for `run.json`."""
-        parts = {"train": self.training, "tuning": self.tuning}
-        return {
-            **self.task.as_dict(),
-            "labels": {name: len(part) for name, part in parts.items()},
-            "patients": {name: len(np.unique(part.patients)) for name, part in parts.items()},
-            "true_share": {name: _true_share(part) for name, part in parts.items()},
-            "dropped": {name: count for name, count in self.counts.items() if name != "rows"},
-        }
-
-
-def _true_share(examples: Examples) -> float | None:
-    """None where it would count fewer patients than may be told about."""
-    return float(np.nanmean(examples.targets)) if may_be_told(examples) else None
-
-
-def read_task_data(settings: FinetuneSettings, data: PreparedData) -> TaskData:
-    """The labels of training and tuning patients, and what is to be predicted.
-
-    Raises:
-        UserError: see `read_examples`; no labels of either split; labels that are all the same.
-    """
-    asked = settings.task
-    labels = Path(asked.labels)
-    found: LabelledRecords = read_examples(labels, data, gap=asked.gap)
-    for split in ("train", "tuning"):
-        if not len(found[split]):
-            raise UserError(f"--labels: {labels}: no row of a patient of the {split} split of {data.folder}")
-    training, tuning = found["train"], found["tuning"]
-    if asked.max_labels is not None:
-        training = training.subsample(asked.max_labels, seed=settings.training.seed)
-    known = training.targets[~np.isnan(training.targets)]
-    if training.kind != "survival" and len(np.unique(known)) < 2:
-        raise UserError(
-            f"--labels: {labels}: all {len(known)} training labels are the same; there is nothing to tell apart"
-        )
-    if training.kind == "survival" and not training.seen_events.any():
-        raise UserError(f"--labels: {labels}: no training patient has the event; there is nothing to learn from")
-    if training.kind == "survival" and asked.class_weights != "none":
-        raise UserError("--class-weights: survival has no classes; leave this out")
-    edges: list[float] = []
-    if training.kind == "survival":
-        assert training.days is not None
-        edges = interval_edges(training.days, training.seen_events)
-    weights = balanced_weights(training.targets).tolist() if asked.class_weights == "balanced" else []
-    task = TaskDescription(
-        name=asked.task,
-        kind=training.kind,
-        names=training.names,
-        gap=asked.gap,
-        edges=tuple(edges),
-        weights=tuple(map(tuple, weights)),
-    )
-    sample = training
-    if len(tuning) < len(training):
-        rows = stream(FIXED_SEED, Stream.TRAINING_SAMPLE).permutation(len(training))[: len(tuning)]
-        sample = training.take(np.sort(rows))
-    return TaskData(task, training, sample, tuning, found.counts)
-
-
-def first_scores(task: TaskDescription, training: Examples) -> list[float]:
-    """The scores that are the same for everybody and fit the training labels best: where the head begins."""
-    if task.kind == "survival":
-        assert training.days is not None
-        return hazard_log_odds(training.days, training.seen_events, task.edges)
-    if task.weights:
-        return [0.0] * task.outputs
-    return [float(value) for value in log_odds(label_shares(training.targets))]
-
-
 def build_task_model(
-    settings: FinetuneSettings, data: PreparedData, task: TaskDescription, scores: list[float]
+    settings: FinetuneSettings,
+    data: PreparedData,
+    task: TaskDescription,
+    scores: list[float],
+    base: Base | None = None,
 ) -> tuple[BEHRTForTask, Base, Transplant | None]:
     """The model that fine-tuning starts from, its adapters inserted and its trainability set.
+
+    Args:
+        base: of a run that goes on; what `--from` names may be another run by now.
 
     Raises:
         UserError: a run whose shape or codes do not fit, a rank or target that does not.
     """
     adaptation, seed = settings.adaptation, settings.training.seed
-    base = name_base(seed, adaptation.init_from)
     config = settings.model.config(vocab_size=len(data.vocabulary))
-    masked, transplanted = make_base(config, data.vocabulary, base, load_base=load_base)
+    if base is None:
+        base, load = name_base(seed, adaptation.init_from), load_base
+    else:
+        load = load_base_again
+    masked, transplanted = make_base(config, data.vocabulary, base, load_base=load)
     model = BEHRTForTask(
         masked.behrt,
         task.outputs,
@@ -194,34 +107,22 @@ def build_task_model(
     return model, base, transplanted
 
 
-class SameForAll(nn.Module):
-    """Predicts the same of everybody: what a model is compared with."""
+def start_at_probe(
+    model: BEHRTForTask, found: TaskData, layout: ExampleLayout, scores: list[float], device: torch.device
+) -> Probe:
+    """Sets the head to the linear probe of the encoder as it is; where that weighs nothing, the head stays.
 
-    def __init__(self, scores: list[float]) -> None:
-        super().__init__()
-        self.scores = nn.Parameter(torch.tensor(scores))
-
-    def forward(self, codes: torch.Tensor, *inputs: Any, owners: torch.Tensor, **others: Any) -> torch.Tensor:
-        return self.scores.expand(int(owners.max()) + 1, -1)
-
-
-def task_baselines(task: TaskDescription, scores: list[float], tuning: ExampleSet) -> Baselines:
-    """The loss and accuracy on tuning of the scores that are the same for everybody."""
-    loss = correct = scored = 0.0
-    same = SameForAll(scores).eval()
-    with torch.inference_mode():
-        for batch in tuning:
-            sums = task.loss()(same, batch)
-            loss, scored = loss + float(sums.loss), scored + batch.num_scored
-            correct += float(sums.correct if sums.correct is not None else 0)
-    unknown = float("nan")
-    return Baselines(
-        chance_loss=unknown,
-        unigram_loss=unknown,
-        unigram_accuracy=unknown,
-        prevalence_loss=loss / scored,
-        prevalence_accuracy=correct / scored if may_be_told(tuning.examples) else None,
+    Weights of 0 would pass no gradient on to the encoder.
+    """
+    training, tuning = (
+        (vectors_of(model.behrt, ExampleSet(part, layout), device), part) for part in (found.training, found.tuning)
     )
+    probe = fit_probe(found.task, training, tuning, scores)
+    if probe.weight.any():
+        with torch.no_grad():
+            model.head.linear.weight.copy_(probe.weight)
+            model.head.linear.bias.copy_(probe.bias)
+    return probe
 
 
 def probe_task(
@@ -271,11 +172,6 @@ def tuning_metrics(
     return {"auroc": float(np.nanmean(found)) if np.isfinite(found).any() else float("nan")}
 
 
-def parent_run_id(run: str) -> str | None:
-    """MLflow's id of the pre-training run; None where it never got one."""
-    return run if is_run_id(run) else run_id_of(checkpoint_folder(run).parent.parent)
-
-
 def finetune(
     settings: FinetuneSettings,
     *,
@@ -283,26 +179,30 @@ def finetune(
     folder: Path,
     listener: Listener | None = None,
     force: bool = False,
+    attempt: Attempt | None = None,
     stopper: Stopper | None = None,
 ) -> RunResult:
     """Fine-tunes one model and leaves a finished run in `folder` and in MLflow.
 
-    Arguments, result and errors are those of `pretrain`; a run that was cut off is begun again.
+    Arguments, result and errors are those of `pretrain`.
     """
     listener, stopper = listener or Listener(), stopper or Stopper(listens=False)
     started = time.perf_counter()
     training = settings.training
     device = choose_device(training.device)
-    precision = choose_precision(training.precision, device)
+    precision = choose_precision(asked_precision(settings, attempt), device)
     assert settings.data.data is not None
-    if checkpoint_folder(settings.task.from_run).resolve().is_relative_to(folder.resolve()):
+    if attempt is None and checkpoint_folder(settings.task.from_run).resolve().is_relative_to(folder.resolve()):
         raise UserError(f"--experiment: {folder} holds the run that --from names; choose another name")
     data = open_prepared(Path(settings.data.data))
     for split in ("train", "tuning"):
         data.split(split).check(len(data.vocabulary))
     found = read_task_data(settings, data)
     task, scores = found.task, first_scores(found.task, found.training)
-    model, base, transplanted = build_task_model(settings, data, task, scores)
+    about = found.about()
+    changes = changes_of(attempt, settings, data, labels_digest=about["labels_digest"])
+    former_base = read_base(attempt.checkpoint) if attempt is not None and attempt.checkpoint is not None else None
+    model, base, transplanted = build_task_model(settings, data, task, scores, former_base)
     layout = ExampleLayout(model.config.max_position)
     steps = ExampleSteps(
         found.training,
@@ -312,10 +212,11 @@ def finetune(
         seed=training.seed,
     )
     tuning = ExampleSet(found.tuning, layout)
-    about = found.about()
     run_folder = RunFolder(folder)
     run_folder.claim()
     try:
+        if attempt is not None:
+            attempt = as_it_is_now(attempt, settings)
         start = RunStart(
             experiment=experiment,
             folder=folder,
@@ -338,8 +239,9 @@ def finetune(
             task=about,
         )
         with stopper.held():
-            key, feeder = _begin(start, settings, run_folder)
-        start = replace(start, key=key, run_id=wait_for_run(start, run_folder, None, feeder))
+            tags = tags_of(settings, base, is_new=attempt is None)
+            key, former, feeder = begin_run(start, run_folder, attempt, changes, tags)
+        start = replace(start, key=key, run_id=wait_for_run(start, run_folder, former, feeder))
         save = partial(save_checkpoint, vocabulary=data.vocabulary, base=base, task=task.as_dict())
         result = RunResult(start=start, model=model, checkup=Checkup(RunFacts(finished=False, task=task.name)))
         keeper = Keeper(run_folder, start, save=save, feeder=feeder, stopper=stopper)
@@ -347,6 +249,9 @@ def finetune(
             write_run(result, run_folder, feeder, status="RUNNING")
             listener.started(start)
             model.to(device)
+            if settings.task.head_start == "probe" and (attempt is None or attempt.checkpoint is None):
+                probe = start_at_probe(model, found, layout, scores, device)
+                feeder.add_figures({"probe_tuning_loss": probe.tuning_loss, "probe_penalty": probe.penalty})
             with tolerated("the pre-flight"):
                 facts = probe_task(model, task, steps, settings, device=device, precision=precision)
                 result.checkup = Checkup(facts)
@@ -369,8 +274,10 @@ def finetune(
                 on_memory=partial(tell_of_memory, result, feeder, listener),
             )
             keeper.trainer = trainer
-            keeper.begin(None, model)
+            keeper.begin(attempt, model)
             stopper.at_pauses()
+            if attempt is not None:
+                tell_again(attempt, changes, result, run_folder, listener)
             train_epochs(trainer, keeper, result, run_folder, feeder, listener)
             if result.best is not None:
                 trainer.restore_best()  # a run that the doctor ended stands at its last weights
@@ -381,32 +288,22 @@ def finetune(
     return result
 
 
-def _begin(start: RunStart, settings: FinetuneSettings, run_folder: RunFolder) -> tuple[str, Feeder]:
-    """Makes the folder the run's own, and begins to tell MLflow of it; its key, and what feeds it."""
-    parent = parent_run_id(settings.task.from_run)
-    record = new_record(
-        experiment=start.experiment,
-        params={
-            **settings.flat(),
-            "resolved.max_position": start.max_position,
-            "resolved.vocab_size": start.vocab_size,
-            "resolved.precision": start.precision,
-        },
-        tags={
-            "device": start.device,
-            "dataset": start.dataset["name"],
-            "size": settings.model.model_size,
-            "adaptation": mode_name(settings),
-            "task": settings.task.task,
-            "mlflow.source.name": "behrt finetune",
-            **({} if parent is None else {PARENT_TAG: parent}),
-        },
-        figures=figures_of_start(start),
-        dataset=start.dataset,
-    )
-    run_folder.begin(experiment_yaml(settings))
-    record.save(run_folder.path)
-    return record.key, Feeder(run_folder.path)
+def parent_run_id(run: str) -> str | None:
+    """MLflow's id of the pre-training run; None where it never got one."""
+    return run if is_run_id(run) else run_id_of(checkpoint_folder(run).parent.parent)
+
+
+def tags_of(settings: FinetuneSettings, base: Base, *, is_new: bool) -> dict[str, str]:
+    """What MLflow is told of a fine-tuning; one that goes on may have lost the run that lent it its shape."""
+    parent = base.init_from_run
+    if parent is None and is_new:
+        parent = parent_run_id(settings.task.from_run)
+    return {
+        "adaptation": mode_name(settings),
+        "task": settings.task.task,
+        "mlflow.source.name": "behrt finetune",
+        **({} if parent is None else {PARENT_TAG: parent}),
+    }
 
 
 def mode_name(settings: FinetuneSettings) -> str:

@@ -6,15 +6,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from behrt.checkpoints import read_about
-from behrt.config import FLAGS, SIZES, BEHRTConfig, FinetuneSettings, UserError, describe_validation_error, lay_over
+from behrt.config import (
+    FLAGS,
+    SIZES,
+    BEHRTConfig,
+    ExperimentSettings,
+    FinetuneSettings,
+    UserError,
+    build_finetune_settings,
+    lay_over,
+)
 from behrt.runs import checkpoint_folder
 
 DEFAULTS: dict[str, Any] = {"epochs": 30, "batch_size": 32, "early_stopping_patience": 5}
-RATE, RATE_OF_ENCODER = 1e-3, 3e-4
-"""Learning rates of adapters and head, and of a whole encoder."""
+RATE, RATE_OF_ENCODER, RATE_OF_HEAD = 1e-3, 3e-4, 1e-4
+"""Learning rates of adapters and head, of a whole encoder, and of a head alone, which begins at its best."""
 
 
 def finetune_settings(
@@ -30,6 +37,8 @@ def finetune_settings(
     """
     shape = _pretrained_shape(run)
     from_scratch = bool(of_task.get("from_scratch"))
+    if from_scratch and of_task.setdefault("head_start", "prevalence") == "probe":
+        raise UserError("--head-start probe: a random encoder has nothing to probe; leave it out")
     use_lora = flags.get("use_lora", not from_scratch)
     head_only = not use_lora and flags.get("freeze_base", False)
     if not use_lora:
@@ -46,6 +55,8 @@ def finetune_settings(
     model = {**_size_of(shape), "max_position": shape.max_position, "dropout": shape.dropout}
     frozen = flags.get("freeze_base", adaptation["freeze_base"])
     rate = RATE if frozen and not from_scratch else RATE_OF_ENCODER
+    if head_only and of_task.get("head_start") != "prevalence":
+        rate = RATE_OF_HEAD
     nested: dict[str, Any] = {
         "model": model,
         "adaptation": adaptation,
@@ -53,13 +64,16 @@ def finetune_settings(
         "training": {**DEFAULTS, "lr": rate},
         "task": {"task": task, "labels": str(labels), "from_run": run, **of_task},
     }
-    try:
-        settings = FinetuneSettings.model_validate(lay_over(nested, flags))
-    except ValidationError as error:
-        raise UserError(describe_validation_error(error, FinetuneSettings, FLAGS)) from None
+    settings = build_finetune_settings(lay_over(nested, flags), where=FLAGS)
     if from_scratch and head_only:
         raise UserError("--freeze-base: leaves a random encoder random, with --from-scratch; leave one of them out")
     return settings
+
+
+def settings_to_go_on(begun: ExperimentSettings, flags: Mapping[str, Any], **of_task: Any) -> FinetuneSettings:
+    """Those that a fine-tuning was begun with, and over them what is given."""
+    nested = lay_over(begun.model_dump(mode="json"), flags)
+    return build_finetune_settings({**nested, "task": {**nested["task"], **of_task}}, where=FLAGS)
 
 
 def _pretrained_shape(run: str) -> BEHRTConfig:

@@ -29,11 +29,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from behrt.cohort import COHORT_FILES
 from behrt.config import SELECTED_SHARE, SHOWN_AS_MASK, SHOWN_AS_RANDOM, UserError
 from behrt.population import Population
 from behrt.vocabulary import FIRST_CODE, MASK, UNK
@@ -167,6 +169,15 @@ def best_predictions(
 def codes_are_unchanged(options: Mapping[str, Any]) -> bool:
     """Whether preparation with these options leaves the codes of a simulated cohort as they are, `[UNK]` apart."""
     return not any(options.get(name) for name in ("icd_digits", "numeric_bins", "include", "exclude"))
+
+
+def is_known(prepared: Path, options: Mapping[str, Any]) -> bool:
+    """Whether what could be reached on prepared records is known: a simulated cohort's, with unchanged codes.
+
+    Args:
+        options: that they were prepared with.
+    """
+    return (prepared / COHORT_FILES[0]).is_file() and codes_are_unchanged(options)
 
 
 def emission_of_tokens(

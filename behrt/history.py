@@ -115,7 +115,13 @@ class EpochRecord:
 
 
 class RunFolder:
-    """The folder of one experiment, while a run writes to it."""
+    """The folder of one experiment, while a run writes to it.
+
+    Attributes:
+        is_kept: whether what a run leaves is kept here.
+    """
+
+    is_kept = True
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -232,6 +238,36 @@ class RunFolder:
         name = run_id if isinstance(run_id, str) and run_id.isalnum() else "run"
         candidates = (name if number == 0 else f"{name}-{number}" for number in range(len(taken) + 1))
         return next(candidate for candidate in candidates if candidate not in taken)
+
+
+class UnkeptFolder(RunFolder):
+    """Of a rank that writes nothing: another one keeps the folder."""
+
+    is_kept = False
+
+    def claim(self) -> None:
+        pass
+
+    def begin(self, experiment_yaml: str) -> None:
+        pass
+
+    def take_back(self) -> None:
+        pass
+
+    def add_epoch(self, record: EpochRecord) -> None:
+        pass
+
+    def set_history(self, epochs: Sequence[EpochRecord]) -> None:
+        pass
+
+    def go_on(self, experiment_yaml: str) -> None:
+        pass
+
+    def write_run(self, **fields: Any) -> None:
+        pass
+
+    def write_diagnosis(self, diagnosis: Mapping[str, Any], markdown: str) -> None:
+        pass
 
 
 def finite(value: Any) -> Any:

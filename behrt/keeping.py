@@ -16,14 +16,14 @@ from typing import Any
 
 from torch import nn
 
-from behrt.checkpoints import load_checkpoint
 from behrt.config import UserError
 from behrt.feeder import Feeder
 from behrt.history import EpochRecord, RunFolder
+from behrt.ranks import ALONE, Ranks
 from behrt.resume import Attempt, TrainingState, best_of, find_attempt, go_on, history_of, state_to_keep
 from behrt.run_report import RunStart
-from behrt.runs import load_base_again
 from behrt.stopper import Stopper
+from behrt.tasks.finetuned import load_saved
 from behrt.trainer import Position, Trainer
 
 MOST_RECOVERIES = 2
@@ -35,6 +35,7 @@ class Keeper:
 
     Args:
         save: `save_checkpoint` of this run; called with a folder and what differs from one checkpoint to the next.
+        ranks: that train together; the first one keeps what they train, and all go on from there.
 
     Attributes:
         epochs: that are done.
@@ -42,7 +43,14 @@ class Keeper:
     """
 
     def __init__(
-        self, run_folder: RunFolder, start: RunStart, *, save: Callable[..., None], feeder: Feeder, stopper: Stopper
+        self,
+        run_folder: RunFolder,
+        start: RunStart,
+        *,
+        save: Callable[..., None],
+        feeder: Feeder,
+        stopper: Stopper,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.epochs: list[EpochRecord] = []
         self.recoveries = 0
@@ -52,6 +60,9 @@ class Keeper:
         self._save = save
         self._feeder = feeder
         self._stopper = stopper
+        self._ranks = ranks
+        if not ranks.is_alone:
+            ranks.notice = lambda: stopper.urgency
         self._seconds_between = 60 * start.settings.training.checkpoint_minutes
         self._kept_at = self._mirrored_at = time.monotonic()
 
@@ -65,6 +76,18 @@ class Keeper:
 
     def begin(self, attempt: Attempt | None, model: nn.Module) -> None:
         """Stands where the attempt was cut off; without one, keeps the untrained model."""
+        with self._ranks.together():
+            if self._ranks.is_first:
+                self._begin(attempt, model)
+        self._stand_as_first()
+
+    def _stand_as_first(self) -> None:
+        """All ranks stand where the first one has gone."""
+        assert self.trainer is not None
+        self.epochs = self.trainer.stand_as_first(self.epochs)
+        self.recoveries = self._ranks.broadcast(self.recoveries)
+
+    def _begin(self, attempt: Attempt | None, model: nn.Module) -> None:
         assert self.trainer is not None
         if attempt is None or attempt.checkpoint is None:
             self.keep()
@@ -85,7 +108,7 @@ class Keeper:
         if best is None:
             return
         with suppress(UserError):
-            if load_checkpoint(self.best, load_base=load_base_again).epoch == best.epoch:
+            if load_saved(self.best).epoch == best.epoch:
                 return
         assert self.trainer is not None
         trained = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
@@ -100,8 +123,13 @@ class Keeper:
             shutil.rmtree(self.last, ignore_errors=True)
 
     def pause(self) -> None:
-        """Keeps the training where it is, when it is time for that or it is to end; and lets it end."""
-        if self._stopper.is_asked:
+        """Keeps the training where it is, when it is time for that or it is to end; and lets it end.
+
+        Ranks end at the same pause, whichever of them was asked to.
+        """
+        urgency = self._stopper.urgency if self._ranks.is_alone else self._ranks.noticed
+        if urgency:
+            self._stopper.ask(urgency)
             self.keep()
             self._stopper.pause()
         elif time.monotonic() > self._kept_at + self._seconds_between:
@@ -110,6 +138,8 @@ class Keeper:
     def keep(self) -> None:
         """The checkpoint of this moment; the one before it stays. Weights that are no numbers are left out."""
         assert self.trainer is not None
+        if not self._ranks.is_first:
+            return
         position = self.trainer.position()
         if position.is_finite:
             with self._stopper.held():
@@ -143,6 +173,7 @@ class Keeper:
             rate_factor=self.trainer.rate_factor,
             recoveries=self.recoveries,
             precision=start.precision,
+            labels_digest=None if start.task is None else start.task["labels_digest"],
         )
 
     def _mirror(self) -> None:
@@ -158,7 +189,7 @@ class Keeper:
             if record.is_finite:
                 self.epochs.append(record)
                 self.keep()
-                if record.is_best:
+                if record.is_best and self._ranks.is_first:
                     self._save(self.best, model=self.trainer.model, epoch=record.epoch)
             self._folder.add_epoch(record)
 
@@ -169,6 +200,13 @@ class Keeper:
 
     def recover(self, model: nn.Module) -> EpochRecord | None:
         """Goes back to the last checkpoint, with a tenth of the learning rate; the last epoch that is done there."""
+        with self._ranks.together():
+            if self._ranks.is_first:
+                self._recover(model)
+        self._stand_as_first()
+        return self.epochs[-1] if self.epochs else None
+
+    def _recover(self, model: nn.Module) -> None:
         assert self.trainer is not None
         attempt = find_attempt(self._folder.path, self._start.settings)
         assert attempt is not None, "a run that trains has a checkpoint"
@@ -181,4 +219,3 @@ class Keeper:
         self.trainer.rate_factor = rate_factor
         self._folder.set_history(self.epochs)
         self.keep()
-        return self.epochs[-1] if self.epochs else None

@@ -11,22 +11,23 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
-from behrt.config import ExperimentSettings, UserError
+from behrt.config import ExperimentSettings, Precision, UserError, experiment_yaml
 from behrt.devices import is_out_of_memory
 from behrt.doctor.checkup import tolerated
 from behrt.doctor.diagnosis import markdown
 from behrt.feeder import MOST_SECONDS_WHEN_STOPPED, SECONDS_OF_SILENCE, SECONDS_OF_SILENCE_WHEN_STOPPED, Feeder
-from behrt.feeding import TrackingRecord, now
+from behrt.feeding import TrackingRecord, new_record, now
 from behrt.history import EpochRecord, RunFolder
 from behrt.keeping import Keeper
 from behrt.plots import draw_curves
-from behrt.resume import best_of
+from behrt.ranks import RankLost
+from behrt.resume import Attempt, best_of
 from behrt.run_report import STATUS_OF_OUTCOME, Listener, RunResult, RunStart
 from behrt.stopper import Stopper
-from behrt.tracking import TRIAL_STATE, RunStatus
+from behrt.tracking import PARENT_TAG, TRIAL_NUMBER, TRIAL_STATE, RunStatus
 from behrt.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,75 @@ def figures_of_start(start: RunStart) -> dict[str, float]:
     }
 
 
+def asked_precision(settings: ExperimentSettings, attempt: Attempt | None) -> Precision:
+    """That of the settings; a run that goes on keeps what `auto` came to, also where another CPU would choose anew."""
+    asked = settings.training.precision
+    if asked == "auto" and attempt is not None and attempt.in_place and attempt.state is not None:
+        former = attempt.state.precision
+        return "bf16" if former == "bf16" else "fp32" if former == "fp32" else asked
+    return asked
+
+
+def begin_run(
+    start: RunStart, run_folder: RunFolder, attempt: Attempt | None, changes: list[str], tags: dict[str, str]
+) -> tuple[str, TrackingRecord | None, Feeder]:
+    """Makes the folder the run's own, and begins to tell MLflow of it.
+
+    Args:
+        tags: of the recipe.
+
+    Returns:
+        The run's key, what MLflow held of it before (None for a new run), and what feeds it.
+    """
+    settings, trial = start.settings, start.trial
+    tags = {
+        "device": start.device,
+        "dataset": start.dataset["name"],
+        "size": settings.model.model_size,
+        **tags,
+    }
+    if trial is not None:
+        # the number as a tag too, which is there as soon as the run is
+        tags |= {PARENT_TAG: trial.study_run_id, TRIAL_NUMBER: str(trial.number), TRIAL_STATE: "RUNNING"}
+    former = _former_record(run_folder, attempt)
+    if former is not None:
+        tags |= {"resumed_with": "; ".join(changes)} if changes else {}
+        tags |= {"ended": "resumed"} if "ended" in former.tags else {}
+        record = replace(former, tags={**former.tags, **tags}, status="RUNNING", ended=None)
+        run_folder.go_on(experiment_yaml(settings))
+    else:
+        record = new_record(
+            experiment=start.experiment,
+            name=None if trial is None else f"trial {trial.number}",
+            params={
+                **({} if trial is None else {TRIAL_NUMBER: trial.number}),
+                **settings.flat(),
+                "resolved.max_position": start.max_position,
+                "resolved.vocab_size": start.vocab_size,
+                "resolved.precision": start.precision,
+            },
+            tags=tags,
+            figures=figures_of_start(start),
+            dataset=start.dataset,
+        )
+        run_folder.begin(experiment_yaml(settings))
+    record.save(run_folder.path)
+    feeder = Feeder(run_folder.path)
+    return record.key, former, feeder
+
+
+def _former_record(run_folder: RunFolder, attempt: Attempt | None) -> TrackingRecord | None:
+    """What MLflow holds of the run that goes on; None for a new run."""
+    if attempt is None or not attempt.in_place:
+        return None
+    try:
+        return TrackingRecord.load(run_folder.path)
+    except UserError:
+        if attempt.state is None:
+            raise
+    return new_record(experiment=attempt.state.experiment, params=attempt.settings.flat(), key=attempt.state.key)
+
+
 def tell_of_memory(result: RunResult, feeder: Feeder, listener: Listener, accumulation_steps: int) -> None:
     """Memory ran out, and the training goes on in smaller micro-batches."""
     result.accumulation_steps = accumulation_steps
@@ -86,6 +156,21 @@ def wait_for_run(start: RunStart, run_folder: RunFolder, former: TrackingRecord 
         raise
 
 
+def tell_again(
+    attempt: Attempt, changes: list[str], result: RunResult, run_folder: RunFolder, listener: Listener
+) -> None:
+    """The epochs of the earlier attempt, to everybody who is told of epochs."""
+    if attempt.state is not None:
+        result.accumulation_steps, result.recoveries = attempt.state.accumulation_steps, attempt.state.recoveries
+    if attempt.epochs:
+        result.last, result.best = attempt.epochs[-1], best_of(attempt.epochs)
+        result.checkup.update(run_folder.history)
+    if attempt.in_place:
+        listener.resumed(changes)
+    if attempt.epochs:
+        listener.went_on(attempt.epochs)
+
+
 def train_epochs(
     trainer: Trainer[Any],
     keeper: Keeper,
@@ -95,13 +180,13 @@ def train_epochs(
     listener: Listener,
 ) -> None:
     """The epochs: each is kept on disk first, then sent to MLflow, then shown."""
-    start, checkup = result.start, result.checkup
+    start, checkup, ranks = result.start, result.checkup, trainer.ranks
     next_plot = time.perf_counter() + SECONDS_BEFORE_PLOTS
-    if result.last is not None and _ends(result.last, trainer, result, listener):  # of an attempt that it goes on with
-        return
+    if result.last is not None and ranks.broadcast(_ends(result.last, trainer, result, listener)):
+        return  # an attempt that it goes on with had come to its end
     epochs = trainer.epochs()
     while (record := next(epochs, None)) is not None:
-        if keeper.can_recover(record):
+        if ranks.broadcast(keeper.can_recover(record)):
             result.last = keeper.recover(result.model)
             result.best, result.recoveries = best_of(keeper.epochs), keeper.recoveries
             feeder.tag({"recoveries": str(keeper.recoveries)})
@@ -121,9 +206,9 @@ def train_epochs(
             listener.found(finding)
         if new or checkup.diagnosis.verdict != before.verdict:
             log_diagnosis(result, run_folder, feeder)
-        if _ends(record, trainer, result, listener):
+        if ranks.broadcast(_ends(record, trainer, result, listener)):
             return
-        if start.trial is None and (begun := time.perf_counter()) > next_plot:
+        if start.trial is None and run_folder.is_kept and (begun := time.perf_counter()) > next_plot:
             draw_curves(run_folder.history, start.baselines, run_folder.plots, title=start.experiment)
             next_plot = _time_of_next_plot(begun, time.perf_counter())
     trainer.restore_best()
@@ -176,11 +261,11 @@ def ending(
     """However a run ends, its folder and its MLflow run say how, with everything it has produced."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RankLost):
         result.status = "KILLED"
         raise
     except Exception as error:
-        if not is_out_of_memory(error):
+        if not is_out_of_memory(error) or not run_folder.is_kept:
             raise
         result.checkup.update(run_folder.history, out_of_memory=True)
         result.lost_to = result.checkup.reason_to_stop("error")
@@ -202,6 +287,8 @@ def ending(
 def _keep_end(result: RunResult, run_folder: RunFolder, feeder: Feeder) -> None:
     """Leaves in the folder what the run came to, and tells MLflow."""
     start = result.start
+    if not run_folder.is_kept:
+        return
     if not (result.refused or result.pruned):
         result.checkup.update(run_folder.history, finished=True, stopped_early=result.stopped_early)
     log_diagnosis(result, run_folder, feeder)

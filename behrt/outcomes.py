@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from behrt.config import Structure, UserError
 from behrt.files import read_json, replacing_file, write_json
+from behrt.labels import told_task
 from behrt.population import PROFILES, STAGES
 
 FORMAT_VERSION = 1
@@ -180,7 +181,10 @@ def label_tables(
             "float_value": pa.array(outcomes.days.astype(np.float32), pa.float32()),
         },
     }
-    return {name: pa.table({**about, **values[name]}) for name in OUTCOMES}
+    return {
+        name: pa.table({**about, **values[name]}).replace_schema_metadata(told_task(f"simulated {name}"))
+        for name in OUTCOMES
+    }
 
 
 def save_labels(tables: Mapping[str, pa.Table], model: OutcomeModel, folder: Path) -> None:

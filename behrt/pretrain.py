@@ -19,21 +19,23 @@ from torch import nn
 from torch.nn import functional as F
 
 from behrt.batches import PackedBatch, TrainingBatches
+from behrt.changes import changes_of
 from behrt.checkpoints import Base, Transplant, make_base, read_base, save_checkpoint
-from behrt.config import ExperimentSettings, Precision, UserError, experiment_yaml
+from behrt.config import ExperimentSettings, UserError
 from behrt.devices import choose_device, choose_precision, to_device
 from behrt.doctor.checkup import Checkup, facts_before_training, tolerated
 from behrt.doctor.facts import RunFacts
 from behrt.doctor.preflight import probe
-from behrt.feeder import Feeder
-from behrt.feeding import TrackingRecord, new_record
-from behrt.history import RunFolder
+from behrt.feeder import Feeder, NoFeeder
+from behrt.history import RunFolder, UnkeptFolder
 from behrt.keeping import Keeper
 from behrt.lifecycle import (
     adaptation_name,
+    asked_precision,
+    begin_run,
     ending,
-    figures_of_start,
     log_diagnosis,
+    tell_again,
     tell_of_memory,
     train_epochs,
     wait_for_run,
@@ -42,17 +44,19 @@ from behrt.lifecycle import (
 from behrt.masking import Stream, torch_seed
 from behrt.model import BEHRTForMaskedLM, compile_layers
 from behrt.parameters import ParameterCounts, apply_lora_to_behrt, count_parameters, set_trainable
+from behrt.ranks import ALONE, Ranks
 from behrt.records import Records, RecordsCache
-from behrt.resume import Attempt, as_it_is_now, best_of, check_changes
+from behrt.resume import Attempt, as_it_is_now
 from behrt.run_report import Listener, RunResult, RunStart, StudyTrial
 from behrt.runs import load_base, load_base_again, name_base
 from behrt.sequences import open_prepared
 from behrt.stopper import Stopper
-from behrt.tracking import PARENT_TAG, TRIAL_NUMBER, TRIAL_STATE
 from behrt.trainer import LossSums, Trainer
 
 log = logging.getLogger(__name__)
 
+LAUNCH = "launch"
+"""The tag that says which torchrun began a run, or went on with it (`Ranks.launch`)."""
 EVALUATED_AT_ONCE = 128
 """Patients per batch of an evaluation."""
 
@@ -133,6 +137,7 @@ def pretrain(
     trial: StudyTrial | None = None,
     attempt: Attempt | None = None,
     stopper: Stopper | None = None,
+    ranks: Ranks = ALONE,
 ) -> RunResult:
     """Trains one model and leaves a finished run in `folder` and in MLflow.
 
@@ -144,10 +149,12 @@ def pretrain(
         trial: the trial of a study that the run is; its status in MLflow is then that of the trial.
         attempt: one that was cut off; what it trained is not trained again. In place, the run is the same one.
         stopper: where signals come; by default they end the run anywhere.
+        ranks: processes that train the model together, `joined`; all call this alike, but the first alone keeps, tracks
+            and tells anything.
 
     Returns:
         The result; `status` is FAILED where the pre-flight refused the run and where the doctor ended it, KILLED where
-        the listener pruned it.
+        the listener pruned it. Ranks other than the first know less of it.
 
     Raises:
         UserError: settings and records that do not go together, a folder that is in use, a store that will not take
@@ -156,14 +163,15 @@ def pretrain(
     """
     listener, stopper = listener or Listener(), stopper or Stopper(listens=False)
     started = time.perf_counter()
-    device = choose_device(settings.training.device)
-    precision = choose_precision(_asked_precision(settings, attempt), device)
-    if settings.training.compile and device.type != "cuda":
-        raise UserError(f"--compile: is for CUDA, and this run computes on {device.type}; leave it out")
-    records = (records_cache or RecordsCache()).select(settings, progress=listener.preparing)
-    changes = _changes(attempt, settings, records)
-    former_base = read_base(attempt.checkpoint) if attempt is not None and attempt.checkpoint is not None else None
-    model, base, transplanted = build_model(settings, records, former_base)
+    with ranks.together():
+        device = ranks.take_device(choose_device(settings.training.device))
+        precision = choose_precision(asked_precision(settings, attempt), device)
+        if settings.training.compile and device.type != "cuda":
+            raise UserError(f"--compile: is for CUDA, and this run computes on {device.type}; leave it out")
+        records = (records_cache or RecordsCache()).select(settings, progress=listener.preparing)
+        changes = changes_of(attempt, settings, records.data)
+        former_base = read_base(attempt.checkpoint) if attempt is not None and attempt.checkpoint is not None else None
+        model, base, transplanted = build_model(settings, records, former_base)
     steps = TrainingBatches(
         records.training,
         records.training_patients,
@@ -174,13 +182,16 @@ def pretrain(
         vocab_size=len(records.data.vocabulary),
         seed=settings.training.seed,
         mlm_probability=settings.training.mlm_probability,
+        rank=ranks.rank,
+        ranks=ranks.size,
     )
-    baselines = records.baselines(model.config.vocab_size)
-    run_folder = RunFolder(folder)
-    run_folder.claim()
+    baselines = ranks.by_first(lambda: records.baselines(model.config.vocab_size))
+    run_folder = RunFolder(folder) if ranks.is_first else UnkeptFolder(folder)
+    with ranks.together():
+        run_folder.claim()
     try:
         if attempt is not None:
-            attempt = as_it_is_now(attempt, settings)
+            attempt = ranks.by_first(partial(as_it_is_now, attempt, settings))
         start = RunStart(
             experiment=experiment,
             folder=folder,
@@ -199,11 +210,17 @@ def pretrain(
             transplant=transplanted,
             truncated_share=records.truncated_share,
             trial=trial,
+            ranks=ranks.size,
         )
-        with stopper.held():
-            key, former, feeder = _begin(start, run_folder, attempt, changes)
-        run_id = wait_for_run(start, run_folder, former, feeder)
-        start = replace(start, key=key, run_id=run_id)
+        tags = {"adaptation": adaptation_name(settings), "mlflow.source.name": "behrt train"}
+        if ranks.launch:
+            tags |= {LAUNCH: ranks.launch, "ranks": str(ranks.size)}
+        with ranks.together():
+            feeder: Feeder = NoFeeder()
+            if ranks.is_first:
+                with stopper.held():
+                    key, former, feeder = begin_run(start, run_folder, attempt, changes, tags)
+                start = replace(start, key=key, run_id=wait_for_run(start, run_folder, former, feeder))
         batches: dict[str, Any] = {
             "steps": steps,
             "train_evaluation": records.train_evaluation.packed(EVALUATED_AT_ONCE, records.row_length),
@@ -213,22 +230,25 @@ def pretrain(
         }
         save = partial(save_checkpoint, vocabulary=records.data.vocabulary, base=base)
         result = RunResult(start=start, model=model, checkup=Checkup(RunFacts(finished=False)))
-        keeper = Keeper(run_folder, start, save=save, feeder=feeder, stopper=stopper)
+        keeper = Keeper(run_folder, start, save=save, feeder=feeder, stopper=stopper, ranks=ranks)
         with ending(result, run_folder, feeder, started, stopper):
             write_run(result, run_folder, feeder, status="RUNNING")
             listener.started(start)
-            model.to(device)
-            with tolerated("the pre-flight"):
-                probed = probe(model, masked_lm_loss, **batches, adaptation=settings.adaptation)
-                facts = facts_before_training(
-                    settings, records, baselines, transplanted, vocab_size=model.config.vocab_size, probed=probed
-                )
-                result.checkup = Checkup(facts)
-            log_diagnosis(result, run_folder, feeder)
-            listener.examined(result.checkup)
-            if result.diagnosis.of_severity("error") and not force:
-                result.refused = True
+            with ranks.together():
+                model.to(device)
+            if ranks.is_first:
+                with tolerated("the pre-flight"):
+                    probed = probe(model, masked_lm_loss, **batches, adaptation=settings.adaptation, ranks=ranks.size)
+                    facts = facts_before_training(
+                        settings, records, baselines, transplanted, vocab_size=model.config.vocab_size, probed=probed
+                    )
+                    result.checkup = Checkup(facts)
+                log_diagnosis(result, run_folder, feeder)
+                listener.examined(result.checkup)
+            result.refused = ranks.broadcast(bool(result.diagnosis.of_severity("error")) and not force)
+            if result.refused:
                 return result
+            ranks.connect(device)
             if settings.training.compile:
                 compile_layers(model)
             trainer = Trainer(
@@ -239,110 +259,17 @@ def pretrain(
                 on_step=listener.step,
                 pause=keeper.pause,
                 on_memory=partial(tell_of_memory, result, feeder, listener),
+                ranks=ranks,
             )
             keeper.trainer = trainer
             keeper.begin(attempt, model)
             stopper.at_pauses()
             if attempt is not None:
-                _tell_again(attempt, changes, result, run_folder, listener)
+                tell_again(attempt, changes, result, run_folder, listener)
             train_epochs(trainer, keeper, result, run_folder, feeder, listener)
     finally:
         run_folder.release()
     return result
-
-
-def _asked_precision(settings: ExperimentSettings, attempt: Attempt | None) -> Precision:
-    """That of the settings; a run that goes on keeps what `auto` came to, also where another CPU would choose anew."""
-    asked = settings.training.precision
-    if asked == "auto" and attempt is not None and attempt.in_place and attempt.state is not None:
-        former = attempt.state.precision
-        return "bf16" if former == "bf16" else "fp32" if former == "fp32" else asked
-    return asked
-
-
-def _changes(attempt: Attempt | None, settings: ExperimentSettings, records: Records) -> list[str]:
-    """What changes for a run that goes on in its own folder, in sentences; `UserError` for what must not."""
-    if attempt is None or not attempt.in_place:
-        return []
-    changes = check_changes(attempt, settings)
-    if attempt.state is not None and attempt.state.dataset_digest != records.data.digest:
-        raise UserError(
-            f"--resume {attempt.folder}: {records.data.folder} holds other records than the run was begun with"
-        )
-    return changes
-
-
-def _begin(
-    start: RunStart, run_folder: RunFolder, attempt: Attempt | None, changes: list[str]
-) -> tuple[str, TrackingRecord | None, Feeder]:
-    """Makes the folder the run's own, and begins to tell MLflow of it.
-
-    Returns:
-        The run's key, what MLflow held of it before (None for a new run), and what feeds it.
-    """
-    settings, trial = start.settings, start.trial
-    tags = {
-        "device": start.device,
-        "dataset": start.dataset["name"],
-        "size": settings.model.model_size,
-        "adaptation": adaptation_name(settings),
-        "mlflow.source.name": "behrt train",
-    }
-    if trial is not None:
-        # the number as a tag too, which is there as soon as the run is
-        tags |= {PARENT_TAG: trial.study_run_id, TRIAL_NUMBER: str(trial.number), TRIAL_STATE: "RUNNING"}
-    former = _former_record(run_folder, attempt)
-    if former is not None:
-        tags |= {"resumed_with": "; ".join(changes)} if changes else {}
-        tags |= {"ended": "resumed"} if "ended" in former.tags else {}
-        record = replace(former, tags={**former.tags, **tags}, status="RUNNING", ended=None)
-        run_folder.go_on(experiment_yaml(settings))
-    else:
-        record = new_record(
-            experiment=start.experiment,
-            name=None if trial is None else f"trial {trial.number}",
-            params={
-                **({} if trial is None else {TRIAL_NUMBER: trial.number}),
-                **settings.flat(),
-                "resolved.max_position": start.max_position,
-                "resolved.vocab_size": start.vocab_size,
-                "resolved.precision": start.precision,
-            },
-            tags=tags,
-            figures=figures_of_start(start),
-            dataset=start.dataset,
-        )
-        run_folder.begin(experiment_yaml(settings))
-    record.save(run_folder.path)
-    feeder = Feeder(run_folder.path)
-    return record.key, former, feeder
-
-
-def _former_record(run_folder: RunFolder, attempt: Attempt | None) -> TrackingRecord | None:
-    """What MLflow holds of the run that goes on; None for a new run."""
-    if attempt is None or not attempt.in_place:
-        return None
-    try:
-        return TrackingRecord.load(run_folder.path)
-    except UserError:
-        if attempt.state is None:
-            raise
-    return new_record(experiment=attempt.state.experiment, params=attempt.settings.flat(), key=attempt.state.key)
-
-
-def _tell_again(
-    attempt: Attempt, changes: list[str], result: RunResult, run_folder: RunFolder, listener: Listener
-) -> None:
-    """The epochs of the earlier attempt, to everybody who is told of epochs."""
-    if attempt.state is not None:
-        result.accumulation_steps, result.recoveries = attempt.state.accumulation_steps, attempt.state.recoveries
-    if attempt.epochs:
-        result.last, result.best = attempt.epochs[-1], best_of(attempt.epochs)
-        result.checkup.update(run_folder.history)
-    if attempt.in_place:
-        listener.resumed(changes)
-    if attempt.epochs:
-        listener.went_on(attempt.epochs)
 
 
 def count_configured(settings: ExperimentSettings) -> ParameterCounts:

@@ -18,7 +18,7 @@ from behrt.cohort import load_cohort, simulate
 from behrt.config import MAX_AUTO_POSITION, DataSettings, ExperimentSettings, UserError
 from behrt.cooccurrence import TRAINING_TOKENS, Draw, measure_cooccurrence, random_part
 from behrt.files import locked
-from behrt.floor import Floor, codes_are_unchanged, exact_floor
+from behrt.floor import Floor, exact_floor, is_known
 from behrt.history import Baselines
 from behrt.masking import FIXED_SEED, Stream, stream
 from behrt.metrics import chance_loss, copying_loss, unigram_loss_and_accuracy, unigram_of_counts
@@ -136,7 +136,7 @@ class Records:
 
     def _floor(self) -> Floor | None:
         """The best possible prediction on the validation masks; None where it is not known."""
-        if not self._floor_is_known():
+        if not is_known(self.data.folder, self.data.info["options"]):
             return None
         return exact_floor(
             load_cohort(self.data.folder),
@@ -147,10 +147,6 @@ class Records:
             visits=self.validation.sequences.visits,
             offsets=self.validation.sequences.offsets,
         )
-
-    def _floor_is_known(self) -> bool:
-        """A simulated cohort's codes must have come through preparation as they are, [UNK] apart."""
-        return (self.data.folder / "cohort.json").exists() and codes_are_unchanged(self.data.info["options"])
 
 
 def select_records(data: PreparedData, settings: ExperimentSettings) -> Records:

@@ -21,31 +21,26 @@ from torch import nn
 from behrt.checkpoints import (
     STATE_FILE,
     Training,
-    load_checkpoint,
     read_best_weights,
     read_training_state,
     restore_checkpoint,
 )
-from behrt.config import ExperimentSettings, TrainingSettings, UserError, build_settings, load_experiment
+from behrt.config import (
+    ExperimentSettings,
+    FinetuneSettings,
+    TrainingSettings,
+    UserError,
+    read_experiment_file,
+    settings_of_run,
+)
 from behrt.feeding import MIRRORS, RESUME_ARTIFACTS, TrackingRecord, new_record
 from behrt.history import EPOCH_FIGURES, EpochRecord, RunFolder, finite
-from behrt.runs import find_local_run, is_run_id, load_base_again
+from behrt.runs import find_local_run, is_run_id
+from behrt.tasks.finetuned import load_saved
 from behrt.tracking import download_artifacts, shown_uri
-from behrt.trainer import EarlyStopping, Position, Trainer, learning_rate_at
+from behrt.trainer import EarlyStopping, Position, Trainer
 
 log = logging.getLogger(__name__)
-
-MAY_CHANGE = (
-    "training.epochs",
-    "training.early_stopping_patience",
-    "training.device",
-    "training.compile",
-    "training.checkpoint_minutes",
-    "training.recover",
-    "training.stop_on",
-    "data.data",
-)
-"""Settings that a run may go on with another value of; the records of another `data` must be the same ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +55,7 @@ class TrainingState:
         position: inside the epoch that comes after them.
         accumulation_steps: in use; doubled wherever memory ran out.
         rate_factor: by which the schedule's rates are multiplied; `recoveries`, how often it was lowered.
+        labels_digest: of a fine-tuning, of the labels that it trains and stops on.
         precision: "bf16" or "fp32", that `auto` came to; None in checkpoints that do not say.
     """
 
@@ -74,6 +70,7 @@ class TrainingState:
     rate_factor: float
     recoveries: int
     precision: str | None = None
+    labels_digest: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = finite(asdict(self))
@@ -152,10 +149,10 @@ def read_attempt(folder: Path, checkpoint: Path, settings: ExperimentSettings | 
         UserError: it is not whole.
     """
     values = read_training_state(checkpoint)
-    load_checkpoint(checkpoint, load_base=load_base_again)
+    load_saved(checkpoint)
     try:
         state = TrainingState(**values)
-        own = build_settings(state.settings, where=str(checkpoint / STATE_FILE))
+        own = settings_of_run(state.settings, where=str(checkpoint / STATE_FILE))
         epochs = tuple(epoch_records(state.history, (settings or own).training))
         attempt = Attempt(folder=folder, settings=own, checkpoint=checkpoint, state=state, epochs=epochs)
         if attempt.position.epoch != len(epochs) + 1:
@@ -182,15 +179,18 @@ def as_it_is_now(attempt: Attempt, settings: ExperimentSettings) -> Attempt:
     return attempt
 
 
-def attempt_to_resume(target: str, download_to: Callable[[TrainingState], Path]) -> Attempt:
-    """The attempt that `behrt train --resume TARGET` goes on with, in its own folder.
+def attempt_to_resume(
+    target: str, download_to: Callable[[TrainingState], Path], *, kind: type[ExperimentSettings] = ExperimentSettings
+) -> Attempt:
+    """The attempt that `--resume TARGET` goes on with, in its own folder.
 
     Args:
         target: the folder of a run, or an MLflow run id; of one whose folder is gone, the checkpoint comes from MLflow.
         download_to: the folder in which such a run goes on.
+        kind: of its settings: those of a pre-training, or of a fine-tuning.
 
     Raises:
-        UserError: there is no such run, or nothing to go on from.
+        UserError: there is no such run of this kind, or nothing to go on from.
     """
     folder: Path | None = Path(target)
     if not Path(target).is_dir():
@@ -198,7 +198,7 @@ def attempt_to_resume(target: str, download_to: Callable[[TrainingState], Path])
             raise UserError(f"--resume: {target}: no such folder, and not an MLflow run id (32 hexadecimal digits)")
         folder = find_local_run(target)
     if folder is None:
-        return _attempt_from_mlflow(target, download_to)
+        return _attempt_from_mlflow(target, download_to, kind)
     try:
         attempt = _attempt_in(folder, None)
     except UserError as error:
@@ -212,11 +212,22 @@ def attempt_to_resume(target: str, download_to: Callable[[TrainingState], Path])
             f"the folder away, and name the run by its id, {record.run_id or 'which it never got'}"
         )
     if attempt is None:
-        attempt = Attempt(folder=folder, settings=load_experiment(RunFolder(folder).settings_file))
+        file = RunFolder(folder).settings_file
+        attempt = Attempt(folder=folder, settings=settings_of_run(read_experiment_file(file), where=str(file)))
+    _check_kind(attempt, kind, target)
     return replace(attempt, in_place=True)
 
 
-def _attempt_from_mlflow(run_id: str, download_to: Callable[[TrainingState], Path]) -> Attempt:
+def _check_kind(attempt: Attempt, kind: type[ExperimentSettings], target: str) -> None:
+    """`UserError` for a run of the other recipe."""
+    if type(attempt.settings) is not kind:
+        what, command = ("pre-training", "train") if kind is FinetuneSettings else ("fine-tuning", "finetune")
+        raise UserError(f"--resume: {target}: is a {what}; behrt {command} --resume goes on with it")
+
+
+def _attempt_from_mlflow(
+    run_id: str, download_to: Callable[[TrainingState], Path], kind: type[ExperimentSettings]
+) -> Attempt:
     """Brings the latest whole checkpoint of a run from MLflow into a folder of its own."""
     with tempfile.TemporaryDirectory(prefix="behrt-resume-") as scratch:
         if not download_artifacts(run_id, RESUME_ARTIFACTS, Path(scratch)):
@@ -236,6 +247,7 @@ def _attempt_from_mlflow(run_id: str, download_to: Callable[[TrainingState], Pat
         latest = max(found, key=Attempt.progress)
         assert latest.state is not None
         assert latest.checkpoint is not None
+        _check_kind(latest, kind, run_id)
         folder = download_to(latest.state)
         run_folder = RunFolder(folder)
         run_folder.claim()
@@ -252,75 +264,6 @@ def _attempt_from_mlflow(run_id: str, download_to: Callable[[TrainingState], Pat
         finally:
             run_folder.release()
     return replace(read_attempt(folder, run_folder.checkpoints / "last"), in_place=True)
-
-
-def check_changes(attempt: Attempt, settings: ExperimentSettings) -> list[str]:
-    """What changes for a run that goes on with these settings, in sentences.
-
-    Raises:
-        UserError: something changes that must not; or nothing is left to train.
-    """
-    before, after = attempt.settings.flat(), settings.flat()
-    changed = [name for name in before if before[name] != after[name]]
-    forbidden = [name for name in changed if name not in MAY_CHANGE]
-    if forbidden:
-        differences = ", ".join(f"{name} {_shown(before[name])} -> {_shown(after[name])}" for name in forbidden)
-        allowed = ", ".join(flag_of(name) for name in MAY_CHANGE)
-        raise UserError(
-            f"--resume {attempt.folder}: the run was begun with other settings: {differences}; leave these out, or "
-            f"train a new run with them (a run may go on with another {allowed})"
-        )
-    if attempt.state is not None and has_finished(attempt.folder):
-        patience = settings.training.early_stopping_patience
-        waited = attempt.epochs[-1].epochs_without_improvement if attempt.epochs else 0
-        if len(attempt.epochs) >= settings.training.epochs:
-            raise UserError(
-                f"--resume {attempt.folder}: all {len(attempt.epochs)} epochs are trained; for more of them say "
-                f"--epochs {2 * len(attempt.epochs)}"
-            )
-        if 0 < patience <= waited:
-            raise UserError(
-                f"--resume {attempt.folder}: patience is spent ({waited} epochs without a "
-                "better val_loss); to train on, raise --early-stopping-patience"
-            )
-    sentences = [f"{name} {_shown(before[name])} -> {_shown(after[name])}" for name in changed]
-    if "training.epochs" in changed:
-        sentences.append(schedule_change(attempt, settings))
-    return sentences
-
-
-def has_finished(folder: Path) -> bool:
-    """Whether the run came to its end; one that was killed after its last epoch still has to."""
-    try:
-        return TrackingRecord.load(folder).status == "FINISHED"
-    except UserError:
-        return False
-
-
-def flag_of(name: str) -> str:
-    return "--" + name.partition(".")[2].replace("_", "-")
-
-
-def _shown(value: Any) -> str:
-    return "none" if value is None else str(value)
-
-
-def schedule_change(attempt: Attempt, settings: ExperimentSettings) -> str:
-    """What another number of epochs does to the learning rate of the next epoch."""
-    before, after = attempt.settings.training, settings.training
-    done = len(attempt.epochs)
-    # the schedule depends on the share of all steps alone: epochs of 1000 steps say the same as those of the run
-    rates = [
-        learning_rate_at(min(done, training.epochs) * 1000, training.epochs * 1000, training)
-        for training in (before, after)
-    ]
-    if rates[0] == rates[1]:
-        return f"the {after.schedule} schedule gives epoch {done + 1} the learning rate that it would have had"
-    return (
-        f"the {after.schedule} schedule is that of {after.epochs} epochs from here on: the learning rate after epoch "
-        f"{done} is {rates[1]:.3g} instead of {rates[0]:.3g}, so that the run is not the one that "
-        f"{after.epochs} epochs from the start would have been"
-    )
 
 
 def epoch_records(history: Mapping[str, Sequence[Mapping[str, Any]]], training: TrainingSettings) -> list[EpochRecord]:
@@ -359,7 +302,7 @@ def go_on(attempt: Attempt, model: nn.Module, trainer: Trainer[Any]) -> None:
     """Puts model and trainer to where the attempt's checkpoint was saved."""
     assert attempt.checkpoint is not None
     assert attempt.state is not None
-    restore_checkpoint(attempt.checkpoint, model, trainer.optimizer, load_base=load_base_again)
+    restore_checkpoint(attempt.checkpoint, load_saved(attempt.checkpoint).model, model, trainer.optimizer)
     trainer.accumulation_steps = attempt.state.accumulation_steps
     trainer.rate_factor = attempt.state.rate_factor
     trainer.best_weights = read_best_weights(attempt.checkpoint)

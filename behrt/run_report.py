@@ -85,6 +85,7 @@ class RunStart:
         run_id: MLflow's id of it; None where MLflow did not answer in time.
         dataset: `name` and `digest` of the prepared records.
         task: of a fine-tuning, what is predicted, and how many labels there are.
+        ranks: processes that train it together.
     """
 
     experiment: str
@@ -105,6 +106,7 @@ class RunStart:
     truncated_share: float
     trial: StudyTrial | None = None
     task: Mapping[str, Any] | None = None
+    ranks: int = 1
 
 
 @dataclass(kw_only=True)

@@ -34,10 +34,14 @@ class Stopper:
         is_asked: whether a signal has come.
     """
 
-    def __init__(self, *, listens: bool = True, insists: bool = False) -> None:
-        """With `listens`, signals come here until `close`; with `insists`, a second one ends everything at once."""
+    def __init__(self, *, listens: bool = True, insists: bool = False, is_patient: bool = False) -> None:
+        """With `listens`, signals come here until `close`; with `insists`, a second one ends everything at once.
+
+        With `is_patient`, a step is never cut off, however long it takes: for one of several ranks, which end together.
+        """
         self._asked: type[KeyboardInterrupt] | None = None
         self._insists = insists
+        self._is_patient = is_patient
         self._where = Where.NOWHERE
         self._former = {}
         if listens:
@@ -60,12 +64,21 @@ class Stopper:
     def is_asked(self) -> bool:
         return self._asked is not None
 
+    @property
+    def urgency(self) -> int:
+        """What was asked for as a number, by which ranks agree: 0 nothing, 1 SIGINT, 2 SIGTERM."""
+        return 0 if self._asked is None else 2 if self._asked is Terminated else 1
+
+    def ask(self, urgency: int) -> None:
+        """What some rank was asked for is asked of this one, too."""
+        self._asked = self._asked or (Terminated if urgency == 2 else KeyboardInterrupt)
+
     def _stop(self, signal_number: int, frame: object) -> None:
         is_second = self._asked is not None
         self._asked = self._asked or (Terminated if signal_number == signal.SIGTERM else KeyboardInterrupt)
         if (is_second and self._insists) or (not is_second and self._where is Where.ANYWHERE):
             raise self._asked
-        if not is_second and self._where is Where.AT_PAUSES:
+        if not is_second and self._where is Where.AT_PAUSES and not self._is_patient:
             signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_PAUSE)
 
     def _lose_patience(self, signal_number: int, frame: object) -> None:

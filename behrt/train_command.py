@@ -5,14 +5,26 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from behrt.config import EXPERIMENT_NAME, FLAGS, UserError, build_settings, lay_over, load_experiment, resolved
+from behrt.config import (
+    EXPERIMENT_NAME,
+    FLAGS,
+    ExperimentSettings,
+    UserError,
+    build_settings,
+    lay_over,
+    load_experiment,
+    resolved,
+)
 from behrt.exits import LostRun, RefusedRun, one_line
+from behrt.files import is_locked
 from behrt.imports import first_import
 from behrt.options import (
     PATH,
@@ -25,14 +37,17 @@ from behrt.options import (
     preset_option,
     training_options,
 )
+from behrt.ranks import ALONE, RankLost, Ranks, RanksDiffer
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from behrt.config import ExperimentSettings
     from behrt.doctor.rule import Finding
     from behrt.resume import Attempt
     from behrt.run_report import RunResult
+
+SECONDS_TO_DIE = 30.0
+"""How long a process that torchrun has killed may still seem to hold its folder."""
 
 
 @click.command()
@@ -65,57 +80,114 @@ def train(
     """Pre-train one model. Flags go over the file, the file over the preset, the preset over the defaults.
 
     With --resume, the run goes on with the settings that it was begun with; what else is given must agree with them.
+    On the N GPUs of one machine: torchrun --nproc-per-node N -m behrt train ...
     """
     experiment_file = in_folder(experiment_file)
-    attempt = None
+    ranks = Ranks.of_environment()
     if resume is None:
         settings = load_experiment(experiment_file, preset=preset, flags=given(flags))
         name, folder = place_of_run(settings, experiment_file, experiment, out)
-    else:
-        attempt = attempt_of(resume, preset=preset, experiment=experiment, out=out)
-        settings = settings_to_resume(attempt, experiment_file, given(flags))
-        name, folder = name_of(attempt), attempt.folder
 
     with first_import("torch"):
-        from behrt.console import TerminalListener
         from behrt.pretrain import pretrain
+        from behrt.resume import attempt_to_resume
+
+    with ranks.joined():
+        attempt = None
+        if resume is not None:
+            attempt = ranks.by_first(lambda: attempt_of(resume, out=out, preset=preset, experiment=experiment))
+            settings = settings_to_resume(attempt, experiment_file, given(flags))
+            name, folder = ranks.by_first(partial(name_of, attempt)), attempt.folder
+        elif former := ranks.by_first(lambda: status_before_restart(folder, ranks)):
+            if former == "FINISHED":
+                return
+            attempt = ranks.by_first(lambda: attempt_to_resume(str(folder), lambda state: folder))
+            settings = attempt.settings
+        name, folder = ranks.broadcast((name, folder))
+
+        recipe = partial(pretrain, ranks=ranks)
+        carry_out(recipe, settings, name, folder, attempt, command="train", force=force, as_json=as_json, ranks=ranks)
+
+
+def carry_out(
+    recipe: Callable[..., RunResult],
+    settings: ExperimentSettings,
+    experiment: str,
+    folder: Path,
+    attempt: Attempt | None,
+    *,
+    command: str,
+    force: bool,
+    as_json: bool,
+    ranks: Ranks = ALONE,
+) -> None:
+    """Runs a recipe before a person's eyes, who may stop it, and says what came of it.
+
+    Args:
+        recipe: `pretrain` or `finetune`.
+        attempt: one that goes on. A new run makes room for itself; one that died in its folder is marked so first.
+        command: that goes on with the run.
+        ranks: that carry it out together; the first one speaks.
+    """
+    with first_import("torch"):
+        from behrt.console import TerminalListener
+        from behrt.run_report import Listener
         from behrt.stopper import Stopper
         from behrt.sync import settle_dead
         from behrt.terminal import stderr_console
 
     console = stderr_console()
     listener = TerminalListener(console)
-    if attempt is None and settle_dead(folder):
+    if ranks.is_first and attempt is None and settle_dead(folder):
         console.print(
             f"The run in {folder} died without a word, and is marked so; it is kept in {folder / 'earlier'}.",
             markup=False,
         )
-    stopper = Stopper(insists=True)
+    stopper = Stopper(insists=ranks.is_alone, is_patient=not ranks.is_alone)
     try:
         with stopper.interrupting():
-            result = pretrain(
+            result = recipe(
                 settings,
-                experiment=name,
+                experiment=experiment,
                 folder=folder,
-                listener=listener,
+                listener=listener if ranks.is_first else Listener(),
                 force=force,
                 attempt=attempt,
                 stopper=stopper,
             )
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RankLost):
         if listener.has_started:
             listener.stop()
-            console.print(f"To go on: {how_to_go_on(folder)}", markup=False)
+            console.print(f"To go on: {how_to_go_on(folder, command)}", markup=False)
         raise
+    except RanksDiffer as error:
+        raise LostRun(f"{error}; the checkpoint before that is whole: {how_to_go_on(folder, command)}") from error
     except OSError as error:  # a full disk, above all
         if not listener.has_started:
             raise
-        message = f"{one_line(error)}; what was kept before is whole: make room, then {how_to_go_on(folder)}"
+        message = f"{one_line(error)}; what was kept before is whole: make room, then {how_to_go_on(folder, command)}"
         raise UserError(message) from error
     finally:
         stopper.close()
         listener.stop()
-    tell_end(result, console, as_json=as_json)
+    ranks.by_first(lambda: tell_end(result, console, as_json=as_json))
+
+
+def status_before_restart(folder: Path, ranks: Ranks) -> str | None:
+    """How the run in `folder` stands that this very torchrun has begun before it started its processes again."""
+    if not ranks.restarts:
+        return None
+    from behrt.feeding import TrackingRecord
+    from behrt.pretrain import LAUNCH
+
+    deadline = time.monotonic() + SECONDS_TO_DIE
+    while is_locked(folder) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    try:
+        record = TrackingRecord.load(folder)
+    except UserError:  # it died before it had one
+        return None
+    return record.status if record.tags.get(LAUNCH) == ranks.launch else None
 
 
 def tell_end(result: RunResult, console: Console, *, as_json: bool) -> None:
@@ -132,22 +204,26 @@ def tell_end(result: RunResult, console: Console, *, as_json: bool) -> None:
         raise LostRun(f"ended after epoch {result.last.epoch if result.last else 0}: {reasons(lost_to)}")
 
 
-def how_to_go_on(folder: Path) -> str:
+def how_to_go_on(folder: Path, command: str) -> str:
     """The command that goes on with a run."""
-    return f"behrt train --resume {shlex.quote(str(folder))}"
+    return f"behrt {command} --resume {shlex.quote(str(folder))}"
 
 
-def attempt_of(target: str, *, preset: str | None, experiment: str | None, out: Path | None) -> Attempt:
+def attempt_of(
+    target: str, *, out: Path | None, kind: type[ExperimentSettings] = ExperimentSettings, **of_new_runs: str | None
+) -> Attempt:
     """The attempt that `--resume` names; `UserError` for options that make no sense beside it."""
-    for flag, value in (("--preset", preset), ("--experiment", experiment)):
+    for name, value in of_new_runs.items():
         if value is not None:
-            raise UserError(f"{flag}: goes with a new run, and --resume with one that there is; leave one of them out")
+            raise UserError(
+                f"--{name}: goes with a new run, and --resume with one that there is; leave one of them out"
+            )
     if out is not None and Path(target).exists():
         raise UserError(f"--out: {target} goes on where it is; leave this out")
 
     from behrt.resume import attempt_to_resume
 
-    return attempt_to_resume(target, lambda state: out or Path("experiments") / state.experiment)
+    return attempt_to_resume(target, lambda state: out or Path("experiments") / state.experiment, kind=kind)
 
 
 def settings_to_resume(attempt: Attempt, experiment_file: Path | None, flags: dict[str, Any]) -> ExperimentSettings:

@@ -4,14 +4,16 @@ One step function and one loop, for pre-training and fine-tuning alike: what dif
 passed in. The trainer knows no tracking store and prints nothing; it yields an `EpochRecord` after each epoch.
 
 Losses and accuracies are sums over scored items, divided once by their number. With micro-batches the divisor is the
-number of scored items of the whole step, so that accumulation changes memory and nothing else.
+number of scored items of the whole step, so that accumulation changes memory and nothing else. Several ranks
+(`ranks.py`) share the micro-batches of a step, and sum the gradients of what is trained: the step is that of one
+process.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Generic, NamedTuple, Protocol, Self, TypeVar
@@ -25,6 +27,7 @@ from behrt.history import EpochRecord
 from behrt.masking import Stream, torch_seed
 from behrt.optimizer import AdamW
 from behrt.parameters import inner_matrices
+from behrt.ranks import ALONE, Ranks, RanksDiffer
 
 
 class Batch(Protocol):
@@ -186,9 +189,12 @@ class Trainer(Generic[B]):
         pause: called wherever weights, optimizer and `position()` belong together: between micro-batches and between
             the batches of an evaluation. The caller may save them there, or raise to end the training.
         on_memory: called with the new number of accumulation steps where the device ran out of memory.
+        ranks: the processes that train together. `steps` gives each its own micro-batches, number `rank`, `rank + size`
+            and so on of a step; the evaluation sets are whole. All call `pause` at the same places: between steps
+            and between rounds of an evaluation, after they have told each other their notices.
 
     Attributes:
-        accumulation_steps: micro-batches that a step is computed in; doubled where memory runs out.
+        accumulation_steps: micro-batches that a step is computed in, on each rank; doubled where memory runs out.
         rate_factor: by which every learning rate of the schedule is multiplied.
     """
 
@@ -206,8 +212,10 @@ class Trainer(Generic[B]):
         on_step: Callable[[int, int], None] = lambda step, steps: None,
         pause: Callable[[], None] = lambda: None,
         on_memory: Callable[[int], None] = lambda accumulation_steps: None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model = model
+        self.ranks = ranks
         self.optimizer = make_optimizer(model, settings)
         self.accumulation_steps = settings.accumulation_steps
         self.rate_factor = 1.0
@@ -222,6 +230,8 @@ class Trainer(Generic[B]):
         self._pause = pause
         self._on_memory = on_memory
         self._best: dict[str, torch.Tensor] = {}
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._gradients: torch.Tensor | None = None  # of `_trained`, end to end, and the loss; where ranks sum them
         self.go_on((), Position())
 
     def go_on(self, epochs: Sequence[EpochRecord], position: Position) -> None:
@@ -235,6 +245,29 @@ class Trainer(Generic[B]):
         for record in epochs:
             self.stopping.update(record.val_loss)
         self._begin(position)
+
+    def stand_as_first(self, epochs: Sequence[EpochRecord]) -> list[EpochRecord]:
+        """Every rank stands where the first one does: weights, optimizer, schedule, position; the epochs done there."""
+        if self.ranks.is_alone:
+            return list(epochs)
+        held = [sorted(self.optimizer.state.get(parameter, ())) for parameter in self._trained]
+        own = (list(epochs), self.position(), self.accumulation_steps, self.rate_factor, held)
+        done, position, self.accumulation_steps, self.rate_factor, held = self.ranks.broadcast(own)
+        if not self.ranks.is_first:
+            self.go_on(done, position)
+            self.optimizer.state.clear()
+            for parameter, names in zip(self._trained, held, strict=True):
+                shapes = {name: () if name == "step" else parameter.shape for name in names}
+                self.optimizer.state[parameter] = {
+                    name: torch.zeros(shape, device=parameter.device) for name, shape in shapes.items()
+                }
+        moments = [
+            self.optimizer.state[parameter][name]
+            for parameter, names in zip(self._trained, held, strict=True)
+            for name in names
+        ]
+        self.ranks.broadcast_tensors([*self.model.parameters(), *self.model.buffers(), *moments])
+        return done
 
     def _begin(self, position: Position) -> None:
         """Stands at `position` from now on."""
@@ -278,7 +311,7 @@ class Trainer(Generic[B]):
         """
         while not self.is_over:
             record = self._train_epoch()
-            if record.is_best:
+            if record.is_best and self.ranks.is_first:
                 self.keep_as_best()
             self._begin(Position(epoch=record.epoch + 1))
             yield record
@@ -292,23 +325,28 @@ class Trainer(Generic[B]):
                 if name in self._best:
                     parameter.copy_(self._best[name])
 
-    def evaluate(self, batches: Iterable[B]) -> Evaluation:
-        """Loss and accuracy in evaluation mode; the model is left in the mode it was in."""
+    def evaluate(self, batches: Sequence[B]) -> Evaluation:
+        """Loss and accuracy in evaluation mode; the model is left in the mode it was in. Ranks share the batches."""
         was_training = self.model.training
         self.model.eval()
-        loss = torch.zeros((), dtype=torch.float64)
-        correct = scored = 0
+        mine, outcome = (0.0, 0.0, 0.0), Outcome()
         try:
-            for batch in batches:
+            for first in range(0, len(batches), self.ranks.size):
+                self.ranks.sums()
                 self._pause()
-                batch_loss, batch_correct = self._evaluate_batch(batch)
-                loss += batch_loss
-                correct += batch_correct
-                scored += batch.num_scored
+                number = first + self.ranks.rank
+                if number < len(batches) and outcome.error is None:
+                    batch = batches[number]
+                    with self._memory_guarded(outcome):
+                        loss, correct = self._evaluate_batch(batch)
+                        mine = (mine[0] + loss.item(), mine[1] + correct, mine[2] + batch.num_scored)
         finally:
             self.model.train(was_training)
+        short, loss_sum, hits, scored = self.ranks.sums(outcome.error is not None, *mine)
+        if short:
+            raise self._no_memory(outcome)
         assert scored, "an evaluation set scores nothing"
-        return Evaluation(loss=loss.item() / scored, accuracy=correct / scored)
+        return Evaluation(loss=loss_sum / scored, accuracy=hits / scored)
 
     def _evaluate_batch(self, batch: B) -> tuple[torch.Tensor, int]:
         """Summed loss (on the CPU) and hits of one batch; in halves where it is too much for the device."""
@@ -337,6 +375,8 @@ class Trainer(Generic[B]):
             self._done = replace(self._done, training_seconds=seconds_before + time.perf_counter() - started)
             self._on_step(self._done.step, self._steps.steps_per_epoch)
         done = self.position()
+        if not self.ranks.is_alone and not self.ranks.same(self._fingerprint()):
+            raise RanksDiffer(f"epoch {epoch}: the ranks no longer hold the same weights")
         train = self.evaluate(self._train_evaluation)
         val = self.evaluate(self._validation)
         return EpochRecord(
@@ -370,25 +410,38 @@ class Trainer(Generic[B]):
         Raises:
             Exception: memory ran out, and a micro-batch is a single item already.
         """
-        # dropout draws from torch's own generator, the only one that cannot be passed in
-        torch.manual_seed(torch_seed(self._settings.seed, Stream.DROPOUT, self._done.epoch, self._done.step))
-        scored = sum(batch.num_scored for batch in micro_batches)
+        ranks = self.ranks
+        tokens: float = sum(batch.num_tokens for batch in micro_batches)
+        scored: float = sum(batch.num_scored for batch in micro_batches)
+        divisor = max(1, scored) if ranks.is_alone else 1  # what other ranks score is known when all have computed
         step_loss = torch.zeros((), device=self._device)
         outcome = Outcome()
+        self._pause()
         with self._memory_guarded(outcome):
-            for batch in micro_batches:
-                self._pause()
+            if self._gradients is None and not ranks.is_alone:
+                self._gradients = torch.zeros(1 + sum(map(torch.Tensor.numel, self._trained)), device=self._device)
+            for number, batch in enumerate(micro_batches):
+                if number and ranks.is_alone:
+                    self._pause()
+                self._seed_dropout(ranks.rank + number * ranks.size)
                 with self._autocast():
                     sums = self._loss(self.model, batch.to(self._device))
-                (sums.loss / max(1, scored)).backward()  # type: ignore[no-untyped-call]
+                (sums.loss / divisor).backward()  # type: ignore[no-untyped-call]
                 step_loss += sums.loss.detach()
-        if outcome.error is not None:
+        reached = () if ranks.is_alone else tuple(parameter.grad is not None for parameter in self._trained)
+        short, parts, tokens, scored, *reached_anywhere = ranks.sums(
+            outcome.error is not None, len(micro_batches), tokens, scored, *reached
+        )
+        if short:
             self.optimizer.zero_grad(set_to_none=True)
-            if len(micro_batches) < self.accumulation_steps or self.accumulation_steps >= self._settings.batch_size:
-                raise outcome.error
-            self.accumulation_steps = min(2 * self.accumulation_steps, self._settings.batch_size)
+            whole, patients = ranks.size * self.accumulation_steps, self._settings.batch_size
+            if parts < whole or whole >= patients:
+                raise self._no_memory(outcome)
+            self.accumulation_steps = min(2 * self.accumulation_steps, -(-patients // ranks.size))
             self._on_memory(self.accumulation_steps)
             return False
+        if not ranks.is_alone:
+            step_loss = self._sum_gradients(step_loss, scored=max(1, scored), reached=reached_anywhere)
         norm = nn.utils.clip_grad_norm_(
             (parameter for parameter in self.model.parameters() if parameter.requires_grad),
             self._settings.gradient_clip,
@@ -403,10 +456,47 @@ class Trainer(Generic[B]):
         self._done = replace(
             self._done,
             step=self._done.step + 1,
-            tokens=self._done.tokens + sum(batch.num_tokens for batch in micro_batches),
-            scored=self._done.scored + scored,
+            tokens=self._done.tokens + int(tokens),
+            scored=self._done.scored + int(scored),
         )
         return True
+
+    def _seed_dropout(self, part: int) -> None:
+        """For one micro-batch of the step: whoever computes it draws the same.
+
+        Dropout draws from torch's own generator, the only one that cannot be passed in.
+        """
+        place = (self._done.epoch, self._done.step, *([part] if part else []))
+        torch.manual_seed(torch_seed(self._settings.seed, Stream.DROPOUT, *place))
+
+    def _sum_gradients(self, step_loss: torch.Tensor, *, scored: float, reached: Sequence[float]) -> torch.Tensor:
+        """Makes every gradient that of the whole step, over all ranks, divided by what it scores; its summed loss.
+
+        What is trained travels end to end in one tensor. A rank without a share of the step adds zeros; a parameter
+        that no rank has reached stays without a gradient.
+        """
+        assert self._gradients is not None
+        *parts, loss = torch.split(self._gradients, [*(parameter.numel() for parameter in self._trained), 1])
+        loss.copy_(step_loss)
+        for parameter, part in zip(self._trained, parts, strict=True):
+            if parameter.grad is None:
+                part.zero_()
+            else:
+                part.copy_(parameter.grad.flatten())
+        self.ranks.all_sum(self._gradients)
+        self._gradients[:-1].div_(scored)
+        for parameter, part, is_reached in zip(self._trained, parts, reached, strict=True):
+            parameter.grad = part.view_as(parameter) if is_reached else None
+        return loss[0]
+
+    def _fingerprint(self) -> list[int]:
+        """A number for each parameter that is trained, in which every bit of it counts."""
+        bits = [parameter.detach().flatten().view(torch.int32) for parameter in self._trained]
+        return torch.stack([part.sum(dtype=torch.int64) for part in bits]).tolist()
+
+    def _no_memory(self, outcome: Outcome) -> Exception:
+        """What to raise where memory ran out on some rank: all of them end."""
+        return outcome.error or torch.OutOfMemoryError("out of memory on another rank")
 
     @contextmanager
     def _memory_guarded(self, outcome: Outcome) -> Iterator[None]:

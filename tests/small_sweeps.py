@@ -116,7 +116,7 @@ def runs_of(root: Path, study: str) -> tuple[Run, dict[int, Run]]:
     runs = client.search_runs([experiment.experiment_id])
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     trials = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
-    numbers = [int(run.data.params["trial_number"]) for run in trials]
+    numbers = [int(run.data.tags["trial_number"]) for run in trials]  # parameters follow, unless a worker is stopped
     assert len(runs) == len(trials) + 1
     assert len(set(numbers)) == len(numbers)
     return parent, dict(zip(numbers, trials, strict=True))

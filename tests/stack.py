@@ -159,16 +159,14 @@ class Stack:
         words += ["--port", str(self.database.port)] if program == "pg_isready" else []
         return subprocess.run(words, capture_output=True, check=False).returncode == 0
 
-    def start_mlflow(self) -> subprocess.Popen[bytes]:
-        """Starts the MLflow server, and waits until it is healthy."""
-        process = self.start("mlflow")
+    def until_healthy(self, server: subprocess.Popen[bytes]) -> None:
+        """Waits for the MLflow server."""
 
         def is_healthy() -> bool:
-            assert process.poll() is None, self.said("mlflow")
+            assert server.poll() is None, self.said("mlflow")
             return self.is_healthy("mlflow")
 
         until(is_healthy)
-        return process
 
     def client(self) -> MlflowClient:
         """With the trainer's user and password, which MLflow reads from the environment."""
@@ -251,7 +249,8 @@ def check(
         write_sweep(root / "sweeps" / "s.yaml", records, settings={"epochs": epochs}, budget={"trials": trials})
         assert stack.is_healthy("db")
         began = time.monotonic()
-        server = stack.start_mlflow()
+        server = stack.start("mlflow")
+        stack.until_healthy(server)
         tell(f"MLflow's server is healthy after {time.monotonic() - began:.0f} s")
         look(stack)
         clients = [stack.start(service) for service in ("trainer", *["worker"] * workers)]
@@ -267,12 +266,14 @@ def check(
         until(lambda: has_come_to(2))
         database.restart()
         tell("PostgreSQL is restarted")
+        server = stack.start("mlflow")
         ended = [process.wait(600) for process in clients]
         assert set(ended) == {0}, (ended, stack.said("worker"), stack.said("trainer"))
         tell(f"trainer and workers have ended, after {time.monotonic() - began:.0f} s")
-        stack.start_mlflow()
+        stack.until_healthy(server)
         code, said = stack.run("sync")
         assert code == 0, said
+        tell("what MLflow lacked is sent")
 
         study = SweepStudy.open("s", open_storage(stack.url(), create=False))
         found = study.tally()

@@ -7,7 +7,9 @@ import polars as pl
 import pytest
 from scipy.sparse import csr_array
 from sklearn.metrics import f1_score, roc_auc_score
+from sksurv.nonparametric import kaplan_meier_estimator
 
+from behrt.concordance import harrell_c
 from behrt.tasks.assessment import (
     BEHRT,
     CEILING,
@@ -21,8 +23,9 @@ from behrt.tasks.assessment import (
 )
 from behrt.tasks.examples import Examples
 from behrt.tasks.intervals import Estimate, patient_bootstrap
-from behrt.tasks.metrics import choose_thresholds, harrell_c, time_dependent_c
+from behrt.tasks.metrics import choose_thresholds, time_dependent_c
 from behrt.tasks.predictions import write_predictions
+from behrt.tasks.task_plots import survival_of
 
 from .small_examples import examples
 
@@ -253,3 +256,18 @@ def test_predictions_are_written_as_meds_evaluation_reads_them_for_their_owner_o
     assert table["boolean_value"].to_list() == [True, False, True]
     assert table["predicted_boolean_value"].to_list() == [True, False, False]
     assert pl.read_parquet(paths[1])["predicted_boolean_probability"].to_list() == [0.8, 0.1]  # where it is known
+
+
+def test_a_survival_curve_ends_where_too_few_patients_are_left_however_many_rows_they_have() -> None:
+    """Against a count by hand; 13 patients of five rows each, three of them left after day 90."""
+    patients = np.repeat(np.arange(13), 5)
+    days = np.arange(65) % 5 * 20 + 10.0
+    days[patients >= 10] += 200
+    events = np.arange(65) % 7 == 0
+    times, alive, low, high = survival_of(events, days, patients)
+    left = [len(np.unique(patients[days >= time])) for time in np.unique(days)]
+    assert times.tolist() == [0.0, *[t for t, n in zip(np.unique(days), left, strict=True) if n >= FEWEST_PATIENTS]]
+    assert times[-1] == 90
+    expected = kaplan_meier_estimator(events, days)[1][: len(times) - 1]
+    np.testing.assert_allclose(alive[1:], expected)
+    assert np.all((low <= alive) & (alive <= high))

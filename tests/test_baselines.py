@@ -10,8 +10,9 @@ from sklearn.metrics import log_loss, roc_auc_score
 from sksurv.metrics import concordance_index_censored
 
 from behrt.tasks import baselines
-from behrt.tasks.baselines import PENALTIES, Baseline, History, fit_baselines, history_of, threads_for
+from behrt.tasks.baselines import PENALTIES, Baseline, fit_baselines, threads_for
 from behrt.tasks.examples import Examples
+from behrt.tasks.histories import History, history_of
 from behrt.vocabulary import UNK
 
 from .small_examples import by_chance, examples

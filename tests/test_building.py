@@ -11,12 +11,12 @@ from meds.schema import LabelSchema
 
 from behrt.cli import main
 from behrt.files import FolderLock
+from behrt.labels import read_labels
 from behrt.labels_command import TASKS
 from behrt.prepare_options import PrepareOptions
 from behrt.sources.meds import open_meds
 from behrt.tasks import building
 from behrt.tasks.building import OPTIONS, Task, label_events
-from behrt.tasks.labels import read_labels
 from behrt.tasks.task_options import DiseaseOptions, NextVisitOptions
 
 from .small_records import events, write_meds
@@ -111,7 +111,8 @@ def test_many_code_sets_are_worked_on_for_few_patients_at_a_time(source: Path, m
 
 def test_one_code_set_gives_the_file_of_a_binary_task(source: Path) -> None:
     main(["labels", "disease", "meds", "--out", "a.parquet", "--code-sets", "sets.yaml", "--code-set", "heart"])
-    assert read_labels(Path("a.parquet")).kind == "binary"
+    labels = read_labels(Path("a.parquet"))
+    assert (labels.kind, labels.task) == ("binary", "disease, heart")
 
 
 def test_prepared_records_say_how_the_source_is_read(source: Path) -> None:

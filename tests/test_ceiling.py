@@ -18,7 +18,6 @@ from sksurv.metrics import concordance_index_censored
 from behrt.ceiling import (
     auroc,
     bound_of_c_index,
-    c_index,
     ceiling,
     ceiling_of,
     exact_risk,
@@ -28,9 +27,10 @@ from behrt.ceiling import (
     first_seen,
     has_ceiling,
     log_emission,
-    read_labels,
+    outcome_labels,
 )
 from behrt.cohort import sample, simulate
+from behrt.concordance import harrell_c
 from behrt.config import UserError
 from behrt.floor import states_at_the_end
 from behrt.outcomes import OUTCOMES, OutcomeModel, draw_outcomes, load_outcome_model, outcome_generator, outcome_model
@@ -106,13 +106,19 @@ def test_auroc_is_that_of_scikit_learn():
     assert np.isnan(auroc(np.ones(3), np.zeros(3), score[:3]))
 
 
-def test_the_c_index_is_that_of_scikit_survival():
+def test_the_c_index_is_that_of_all_pairs():
     generator = np.random.default_rng(0)
-    event, days = generator.random(300) < 0.4, np.ceil(generator.exponential(20, 300))  # many ties
-    risk = np.round(generator.random(300), 1)
-    expected = concordance_index_censored(event, days, risk)[0]
-    assert c_index(event, days, risk) == pytest.approx(expected, abs=1e-12)
-    assert np.isnan(c_index(np.zeros(3, bool), days[:3], risk[:3]))
+    event, days = generator.random(80) < 0.4, np.ceil(generator.exponential(20, 80))  # many ties
+    risk = np.round(generator.random(80), 1)
+    pairs = [
+        (risk[first] > risk[other]) + (risk[first] == risk[other]) / 2
+        for first in np.flatnonzero(event)
+        for other in range(80)
+        if days[other] > days[first] or (days[other] == days[first] and not event[other])
+    ]
+    assert harrell_c(event, days, risk) == pytest.approx(np.mean(pairs), abs=1e-12)
+    assert np.isnan(harrell_c(np.zeros(3, bool), days[:3], risk[:3]))
+    assert np.isnan(harrell_c(np.ones(1, bool), days[:1], risk[:1]))
 
 
 def test_the_expected_auroc_equals_enumeration_of_all_outcomes():
@@ -157,13 +163,14 @@ def test_the_expected_c_index_is_what_repeated_draws_give():
     generator = np.random.default_rng(2)
     states = generator.dirichlet(np.full(4, 0.3), size=40).reshape(40, 2, 2)
     risk = exact_risk("survival", SMALL, states)
+    in_order = (np.sign(risk[:, None] - risk) + 1) / 2
     concordant = comparable = 0.0
     for _ in range(2000):
         drawn = np.array([generator.choice(4, p=state.ravel()) for state in states])
         outcomes = draw_outcomes(SMALL, drawn // 2, drawn % 2, generator)
-        pairs = sum((outcomes.days > outcomes.days[row]).sum() for row in np.flatnonzero(outcomes.death))
-        comparable += pairs
-        concordant += pairs * c_index(outcomes.death, outcomes.days, risk)
+        pairs = outcomes.death[:, None] & (outcomes.days[:, None] < outcomes.days)
+        comparable += pairs.sum()
+        concordant += (pairs * in_order).sum()
     first = first_seen(SMALL, states)
     assert expected_c_index(first, risk) == pytest.approx(concordant / comparable, abs=0.004)
     assert expected_c_index(first, risk) <= bound_of_c_index(first) < expected_c_index(first, risk) + 0.001
@@ -288,7 +295,7 @@ def test_no_other_predictor_tried_beats_the_ceiling_on_drawn_outcomes_beyond_sam
     def reached(score: np.ndarray, rows: np.ndarray) -> float:
         happened = people.happened[outcome][rows]
         if outcome == "survival":
-            return c_index(happened, people.labels[outcome]["float_value"].to_numpy()[rows], score[rows])
+            return harrell_c(happened, people.labels[outcome]["float_value"].to_numpy()[rows], score[rows])
         return auroc(happened * 1.0, 1.0 - happened, score[rows])
 
     generator, best = np.random.default_rng(0), exact_risk(outcome, people.model, people.states)
@@ -383,7 +390,7 @@ def test_the_ceiling_is_over_the_labels_of_the_split(cohort, outcome):
     data, model = open_prepared(cohort / "prepared"), load_outcome_model(labels.parent)
     assert has_ceiling(data, labels)
     found = ceiling(cohort / "prepared", labels, split="train")
-    table = read_labels(labels).filter(pl.col("subject_id").is_in(data.split("train").subject_ids().tolist()))
+    table = outcome_labels(labels).filter(pl.col("subject_id").is_in(data.split("train").subject_ids().tolist()))
     _, states = exact_states(data, table, split="train")
     risk, happened = exact_risk(outcome, model, states), table["boolean_value"].to_numpy()
     assert (found.outcome, found.patients, found.prevalence) == (outcome, 320, happened.mean())
@@ -437,12 +444,12 @@ def test_codes_that_preparation_changed_are_refused(cohort, tmp_path):
 def test_a_missing_damaged_or_foreign_label_file_is_one_line_that_names_it(cohort, tmp_path):
     labels = cohort / "meds" / "labels"
     with pytest.raises(UserError, match=r"^\S*/mortality\.parquet: no outcome of a simulated cohort; [^\n]*$"):
-        read_labels(labels / "mortality.parquet")
-    with pytest.raises(UserError, match=r"^\S*/disease\.parquet: no such file; [^\n]*$"):
-        read_labels(tmp_path / "disease.parquet")
+        outcome_labels(labels / "mortality.parquet")
+    with pytest.raises(UserError, match=r"^\S*/disease\.parquet: no such file or folder; [^\n]*$"):
+        outcome_labels(tmp_path / "disease.parquet")
     (tmp_path / "survival.parquet").write_bytes((labels / "survival.parquet").read_bytes()[:-50])
-    with pytest.raises(UserError, match=r"^\S*/survival\.parquet: damaged, [^\n]*$"):
-        read_labels(tmp_path / "survival.parquet")
+    with pytest.raises(UserError, match=r"^\S*/survival\.parquet: [^\n]*$"):
+        outcome_labels(tmp_path / "survival.parquet")
     (tmp_path / "survival.parquet").write_bytes((labels / "disease.parquet").read_bytes())
-    with pytest.raises(UserError, match=r"^\S*/survival\.parquet: damaged, or without [^\n]*$"):
-        read_labels(tmp_path / "survival.parquet")
+    with pytest.raises(UserError, match=r"^\S*/survival\.parquet: holds binary labels, [^\n]*$"):
+        outcome_labels(tmp_path / "survival.parquet")

@@ -19,8 +19,8 @@ from behrt.cli import cli, main
 from behrt.config import load_experiment
 from behrt.doctor.explain import rules_page
 from behrt.files import write_json
+from behrt.labels import read_labels
 from behrt.tasks.codesets import read_code_sets
-from behrt.tasks.labels import read_labels
 
 from .small_records import write_meds
 from .small_tasks import hospital_records

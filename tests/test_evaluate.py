@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import stat
 from collections.abc import Callable
 from contextlib import chdir, redirect_stdout
@@ -19,8 +20,8 @@ from sksurv.metrics import concordance_index_censored
 from behrt.ceiling import ceiling
 from behrt.cli import main
 from behrt.history import read_run
+from behrt.labels import write_labels
 from behrt.tasks import baselines
-from behrt.tasks.labels import write_labels
 
 from .conftest import Workspace
 
@@ -178,7 +179,14 @@ def test_on_shuffled_labels_the_interval_holds_a_half(evaluated, workspace, runs
     own = found["metrics"]["behrt"]["auroc"]
     assert own["low"] < 0.5 < own["high"]
     assert found["ceiling"] is None
-    assert found["verdict"][0].startswith("The labels are others than those that the run was trained on")
+    assert found["verdict"][0].startswith("The labels (mixed.parquet) are others than those that the run was")
+
+
+def test_the_same_labels_in_another_place_are_no_others(evaluated, workspace, runs):
+    table = pl.read_parquet(labels_of(workspace, "disease")).sample(fraction=1.0, shuffle=True, seed=1)
+    write_labels(runs.parent / "moved.parquet", [table], ("boolean_value",))
+    found = evaluated(*DISEASE, "--labels", str(runs.parent / "moved.parquet"), "--no-baselines")
+    assert found["verdict"] == []
 
 
 @pytest.mark.parametrize(
@@ -190,10 +198,16 @@ def test_on_shuffled_labels_the_interval_holds_a_half(evaluated, workspace, runs
         ),
         (["experiments/nowhere"], r"^behrt: experiments/nowhere: no such folder, [^\n]*$"),
         (["experiments/judged_disease", "--labels", "two.parquet"], r"^behrt: two\.parquet: holds multilabel [^\n]*$"),
+        (
+            ["experiments/judged_disease", "--labels", "readmission.parquet"],
+            r"^behrt: readmission\.parquet: holds labels of 'simulated readmission', and the run predicts "
+            r"'simulated disease'; [^\n]*$",
+        ),
     ],
 )
-def test_a_mistake_is_one_line(runs, capfd, words, told):
+def test_a_mistake_is_one_line(runs, workspace, capfd, words, told):
     with chdir(runs.parent):
+        shutil.copy(labels_of(workspace, "readmission"), "readmission.parquet")
         assert main(["evaluate", *words]) == 2
     assert re.search(told, capfd.readouterr().err.strip())
 
@@ -204,3 +218,19 @@ def test_a_small_split_is_told_of_with_care(evaluated):
     assert found["patients"] == 30
     assert all(group["patients"] is None for group in found["subgroups"])
     assert found["figures"] == [] or np.isfinite(found["metrics"]["behrt"]["auroc"]["value"])
+
+
+@pytest.mark.parametrize(("what", "flag"), [("data", "--data"), ("labels", "--labels")])
+def test_records_and_labels_that_have_moved_are_asked_for(runs, capfd, what, flag):
+    """As the settings of a run name them, which was trained elsewhere."""
+    settings = runs / "judged_disease" / "logs" / "settings.yaml"
+    whole = settings.read_text()
+    settings.write_text(re.sub(rf"(?m)^  {what}: .*$", f"  {what}: gone", whole))
+    try:
+        with chdir(runs.parent):
+            assert main(["evaluate", "experiments/judged_disease"]) == 2
+    finally:
+        settings.write_text(whole)
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert line.startswith("behrt: gone: ")
+    assert flag in line

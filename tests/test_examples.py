@@ -8,11 +8,11 @@ import polars as pl
 import pytest
 
 from behrt.config import UserError
+from behrt.labels import write_labels
 from behrt.prepare import prepare
 from behrt.prepare_options import PrepareOptions
 from behrt.sequences import PreparedData, open_prepared
 from behrt.tasks.examples import LabelledRecords, last_moments, read_examples
-from behrt.tasks.labels import write_labels
 
 from .small_records import BIRTH, day, events, write_meds
 
@@ -133,3 +133,13 @@ def test_without_labels_the_end_of_each_record_sees_all_of_it(data: PreparedData
     for row in range(len(found)):
         np.testing.assert_array_equal(found.sequences([row]).codes, split.sequence(row)[0])
     assert (found.visible == split.lengths).all()
+
+
+def test_a_patient_of_two_splits_is_one_line(
+    data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = data.split("train").subject_ids()
+    monkeypatch.setattr(data.split("tuning"), "subject_ids", lambda: ids[:10])
+    with pytest.raises(UserError, match=r"patients stand in more than one of its splits \(20 rows\)") as error:
+        read_examples(write(tmp_path, (3, day(10), True)), data)
+    assert "\n" not in str(error.value)

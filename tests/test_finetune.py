@@ -18,8 +18,12 @@ import torch
 from safetensors.torch import load_file
 
 from behrt.cli import main
-from behrt.config import UserError
+from behrt.config import FinetuneSettings, UserError
+from behrt.feeding import TrackingRecord
+from behrt.finetune import finetune as recipe
+from behrt.finetune_settings import finetune_settings
 from behrt.history import read_history, read_run
+from behrt.labels import write_labels
 from behrt.lifecycle import train_epochs
 from behrt.model import BEHRT
 from behrt.runs import load_run
@@ -27,10 +31,10 @@ from behrt.sequences import PreparedData, PreparedSplit, open_prepared
 from behrt.tasks.example_batches import ExampleLayout, ExampleSet
 from behrt.tasks.examples import Examples, read_examples
 from behrt.tasks.finetuned import embed, load_finetuned, predict
-from behrt.tasks.labels import write_labels
 from behrt.tasks.metrics import auroc
 
 from .conftest import Workspace
+from .cut_off import SAME, CutOff
 from .small_records import BIRTH, day, events, write_meds
 
 
@@ -125,6 +129,29 @@ def test_from_scratch_has_the_shape_of_the_run_and_none_of_its_weights(runs: Run
     table, other = base.embeddings.codes.weight.flatten(), fresh.embeddings.codes.weight.flatten()
     assert abs(np.corrcoef(table.detach(), other.detach())[0, 1]) < 0.05
     assert read_run(runs["scratch"])["task"]["labels"]["train"] == 50
+
+
+def test_training_begins_at_the_linear_probe_of_the_encoder(workspace: Workspace, here: None) -> None:
+    data, table = open_prepared(workspace.prepared), pl.read_parquet(labels_of(workspace, "disease"))
+    codes = {
+        int(subject): len(split.sequence(place)[0])
+        for split in map(data.split, ("train", "tuning", "held_out"))
+        for place, subject in enumerate(split.subject_ids())
+    }
+    counts = pl.col("subject_id").replace_strict(codes)
+    has_many = table.select("subject_id", "prediction_time", boolean_value=counts > counts.median())
+    write_labels(Path("many.parquet"), [has_many], ("boolean_value",))
+    losses, figures = {}, {}
+    for start in ("probe", "prevalence"):
+        still = ["--no-use-lora", "--freeze-base", "--lr", "1e-9", "--head-start", start, "--labels", "many.parquet"]
+        assert finetune(workspace, "--experiment", f"from_{start}", *still) == 0
+        folder = workspace.root / "experiments" / f"from_{start}"
+        losses[start] = read_run(folder)["best_val_loss"]
+        figures[start] = TrackingRecord.load(folder).figures
+    assert losses["probe"] == pytest.approx(figures["probe"]["probe_tuning_loss"], abs=1e-4)
+    assert losses["prevalence"] == pytest.approx(figures["prevalence"]["prevalence_loss"], abs=0.05)
+    assert losses["probe"] < losses["prevalence"] - 0.2
+    assert "probe_tuning_loss" not in figures["prevalence"]
 
 
 def test_the_best_checkpoint_gives_the_best_loss_again(runs: Runs, here: None) -> None:
@@ -325,9 +352,12 @@ def test_what_comes_after_the_prediction_time_changes_no_score(runs: Runs, here:
 # Vectors
 
 
-def test_each_patient_has_a_vector_at_the_end_of_the_record(runs: Runs, here: None, tmp_path: Path) -> None:
+def test_each_patient_has_a_vector_at_the_end_of_the_record(
+    runs: Runs, here: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "patients.parquet"
     assert main(["embed", "experiments/full", "--data", str(runs.workspace.prepared), "--out", str(out)]) == 0
+    assert "Without --labels each vector sees its whole record, with the outcomes in it" in capsys.readouterr().err
     assert stat.S_IMODE(out.stat().st_mode) == 0o600
     table = pl.read_parquet(out)
     assert table.schema == {
@@ -403,6 +433,124 @@ def test_a_run_that_was_lost_is_judged_by_its_best_weights(
     assert read_run(runs["lost"])["tuning"] == read_run(runs["probe"])["tuning"]
 
 
+# Going on
+
+
+CUT = {"epochs": 2, "batch_size": 32, "lr": 3e-3, "checkpoint_minutes": 1e-9}
+
+
+def settings_of(runs: Runs, outcome: str, **options: Any) -> FinetuneSettings:
+    """Of a run of four steps an epoch that keeps a checkpoint after each."""
+    flags = {name: value for name, value in options.items() if name != "from_scratch"}
+    return finetune_settings(
+        task=outcome, labels=labels_of(runs.workspace, outcome), run="experiments/full", data=runs.workspace.prepared,
+        flags={**CUT, **flags}, max_labels=120, from_scratch=options.get("from_scratch", False),
+    )  # fmt: skip
+
+
+def cut_off(settings: FinetuneSettings, name: str, *, steps: int) -> None:
+    """Ends a fine-tuning after so many steps, as an unforeseen error would."""
+    with pytest.raises(RuntimeError, match="cut off"):
+        recipe(settings, experiment=name, folder=Path("experiments", name), listener=CutOff(None, steps=steps))
+
+
+@pytest.fixture(scope="module")
+def cut_runs(runs: Runs) -> tuple[str, ...]:
+    """Names of three copies of a run cut off inside its second epoch; the same, uninterrupted, is `whole_one`."""
+    with chdir(runs.workspace.root), pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setattr("behrt.lifecycle.draw_curves", lambda *arguments, **named: [])
+        settings = settings_of(runs, "disease")
+        recipe(settings, experiment="whole_one", folder=runs["whole_one"])
+        cut_off(settings, "cut", steps=6)
+        copies = ("cut", "cut_again", "cut_once_more")
+        for name in copies[1:]:
+            shutil.copytree(runs["cut"], runs[name])
+    return copies
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The curves take a quarter of the time of so short a run, and are no matter here."""
+    monkeypatch.setattr("behrt.lifecycle.draw_curves", lambda *arguments, **named: [])
+
+
+def assert_same(runs: Runs, whole: str, cut: str) -> None:
+    """Bit by bit, times left out; and each epoch once in the run's own MLflow run, below the pre-training run."""
+    before, after = (read_history(runs[name]) for name in (whole, cut))
+    assert {name: after[name] for name in SAME} == {name: before[name] for name in SAME}
+    for checkpoint in ("best", "last"):
+        expected, found = (
+            load_finetuned(runs[name], checkpoint=checkpoint).model.state_dict() for name in (whole, cut)
+        )
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    about = read_run(runs[cut])
+    assert about["tuning"] == read_run(runs[whole])["tuning"]
+    client = runs.workspace.client()
+    assert sorted(point.step for point in client.get_metric_history(about["run_id"], "val_loss")) == [1, 2]
+    told = client.get_run(about["run_id"])
+    assert told.info.status == about["status"] == "FINISHED"
+    assert told.data.tags["mlflow.parentRunId"] == read_run(runs["full"])["run_id"]
+
+
+@pytest.mark.usefixtures("here", "undrawn")
+def test_a_fine_tuning_that_goes_on_equals_the_uninterrupted_one(runs: Runs, cut_runs: tuple[str, ...]) -> None:
+    run_id = read_run(runs[cut_runs[0]])["run_id"]
+    assert main(["finetune", "--resume", f"experiments/{cut_runs[0]}"]) == 0
+    assert_same(runs, "whole_one", cut_runs[0])
+    assert read_run(runs[cut_runs[0]])["run_id"] == run_id
+
+
+@pytest.mark.usefixtures("here", "undrawn")
+def test_one_from_scratch_goes_on_without_the_run_that_lent_it_its_shape(runs: Runs) -> None:
+    settings = settings_of(runs, "survival", from_scratch=True)
+    recipe(settings, experiment="whole_two", folder=runs["whole_two"])
+    cut_off(settings, "cut_two", steps=3)
+    hidden = runs["full"].rename(runs["full"].with_name("hidden"))
+    try:
+        assert main(["finetune", "--resume", "experiments/cut_two"]) == 0
+    finally:
+        hidden.rename(runs["full"])
+    assert_same(runs, "whole_two", "cut_two")
+
+
+@pytest.mark.usefixtures("here", "undrawn")
+def test_a_fine_tuning_without_its_optimizers_state_would_not_be_equal(
+    runs: Runs, cut_runs: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("behrt.checkpoints._load_optimizer", lambda *arguments: None)
+    assert main(["finetune", "--resume", f"experiments/{cut_runs[1]}"]) == 0
+    expected, found = (read_history(runs[name])["val_loss"] for name in ("whole_one", cut_runs[1]))
+    assert found[0] == expected[0]
+    assert found[1] != expected[1]
+
+
+@pytest.mark.usefixtures("here", "undrawn")
+def test_a_fine_tuning_goes_on_with_what_it_was_begun_with_and_nothing_else(
+    runs: Runs, cut_runs: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = f"experiments/{cut_runs[2]}"
+    labels = pl.read_parquet(labels_of(runs.workspace, "disease"))
+    write_labels(Path("same.parquet"), [labels.sample(fraction=1.0, shuffle=True, seed=0)], ("boolean_value",))
+    write_labels(Path("less.parquet"), [labels.head(200)], ("boolean_value",))
+    for command, told in (
+        (["finetune", "--resume", cut, "--lr", "1e-4"], "training.lr 0.003 -> 0.0001"),
+        (["finetune", "--resume", cut, "--gap", "3"], "task.gap 0.0 -> 3.0"),
+        (["finetune", "--resume", cut, "--labels", "less.parquet"], "--labels holds other labels"),
+        (["finetune", "--resume", cut, "--experiment", "new"], "--experiment: goes with a new run"),
+        (["finetune", "--resume", "experiments/full"], "is a pre-training; behrt train --resume goes on with it"),
+        (["train", "--resume", cut], "is a fine-tuning; behrt finetune --resume goes on with it"),
+        (["finetune", "--task", "disease"], "--from: is missing"),
+    ):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert told in error
+        assert len(error.strip().splitlines()) == 1
+    assert main(["finetune", "--resume", cut, "--labels", "same.parquet"]) == 0
+    run = runs.workspace.client().get_run(read_run(runs[cut_runs[2]])["run_id"])
+    assert "task.labels" in run.data.tags["resumed_with"]
+
+
 # What is refused
 
 
@@ -417,6 +565,7 @@ def test_a_run_that_was_lost_is_judged_by_its_best_weights(
         (["--max-labels", "1"], "all 1 training labels are the same"),
         (["--lora-rank", "4", "--no-use-lora"], "--lora-rank: has no effect"),
         (["--lora-rank", "4000"], "--lora-rank 4000"),
+        (["--from-scratch", "--head-start", "probe"], "--head-start probe: a random encoder"),
         (["--from-scratch", "--freeze-base"], "--freeze-base: leaves a random encoder random"),
         (["--labels", "none.parquet"], "none.parquet: no such file"),
         (["--labels", "odd.parquet"], "expected binary or multilabel or survival"),
@@ -447,4 +596,3 @@ def test_a_fine_tuned_run_is_no_pretrained_one_and_the_other_way_round(runs: Run
         load_run(runs["adapted"])
     with pytest.raises(UserError, match="is of a pre-trained run"):
         load_finetuned(runs["full"])
-    assert main(["train", "--resume", "experiments/adapted"]) == 2

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from behrt.adapter_files import load_adapter, refuse_pickles
-from behrt.checkpoints import CHECKSUMS_FILE
+from behrt.checkpoints import CHECKSUMS_FILE, TRAINED_FILE, Base, save_checkpoint
 from behrt.cli import main
 from behrt.config import UserError
 from behrt.files import replacing_folder, write_checksums, write_text
@@ -27,6 +27,8 @@ from behrt.model import BEHRTForMaskedLM
 from behrt.runs import load_run, locate_run, run_id_of
 from behrt.sweep.settings import load_sweep
 from behrt.sweep.study import BUDGET, DEFINITION
+from behrt.tasks.finetuned import TaskDescription, load_finetuned
+from behrt.tasks.heads import BEHRTForTask
 from behrt.tracking import TrackedRun, download_checkpoints
 
 from .conftest import Workspace
@@ -185,6 +187,20 @@ def test_a_pickle_in_the_place_of_the_weights_is_refused(
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", TRAINED_FILE])
+def test_a_fine_tuned_checkpoint_with_a_pickle_beside_or_instead_of_its_weights_is_refused(
+    name: str, workspace: Workspace, tmp_path: Path, marker: Path
+) -> None:
+    donor = load_run(workspace.full)
+    model = BEHRTForTask(donor.model.behrt, 1)
+    task = TaskDescription(name="task", kind="binary", names=("outcome",)).as_dict()
+    save_checkpoint(tmp_path / "run", model, vocabulary=donor.vocabulary, epoch=1, base=Base(seed=0), task=task)
+    load_finetuned(tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(trap(marker, "torch"))
+    assert name in refusal(lambda: load_finetuned(tmp_path / "run"))
+    assert not marker.exists()
+
+
 @pytest.mark.parametrize(("name", "how"), CARRIED)
 def test_an_adapter_that_carries_a_pickle_is_refused_and_the_model_left_as_it_was(
     name: str, how: str, workspace: Workspace, tmp_path: Path, marker: Path
@@ -316,7 +332,7 @@ def test_a_checkpoint_of_another_name_than_best_and_last_is_none(workspace: Work
     assert load_run(tmp_path / "run", checkpoint="last").epoch == 3
 
 
-@pytest.mark.parametrize("run_id", ["../../outside", "/tmp/outside", "a" * 31, 7, None])
+@pytest.mark.parametrize("run_id", ["../../outside", "/outside", "a" * 31, 7, None])
 def test_a_run_id_that_is_none_is_not_believed(run_id: object, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"run_id": run_id}))
     assert run_id_of(tmp_path) is None

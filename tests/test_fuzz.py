@@ -27,18 +27,21 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 
 from behrt.adapter_files import load_adapter
 from behrt.batches import TrainingBatches
-from behrt.checkpoints import Base, load_checkpoint, save_checkpoint
+from behrt.checkpoints import CHECKSUMS_FILE, Base, load_checkpoint, save_checkpoint
 from behrt.config import BEHRTConfig, ExperimentSettings, UserError, load_experiment
 from behrt.doctor.diagnosis import diagnose
 from behrt.doctor.facts import completed
 from behrt.doctor.targets import read_target
+from behrt.files import write_checksums
 from behrt.model import BEHRTForMaskedLM
-from behrt.parameters import apply_lora_to_behrt
+from behrt.parameters import apply_lora_to_behrt, set_trainable
 from behrt.prepare import prepare
 from behrt.prepare_options import PrepareOptions
 from behrt.records import select_records
 from behrt.sequences import open_prepared
 from behrt.sweep.settings import load_sweep
+from behrt.tasks.finetuned import TaskDescription, load_finetuned_checkpoint
+from behrt.tasks.heads import BEHRTForTask
 from behrt.vocabulary import Vocabulary
 
 from .bad_input import files_below
@@ -248,6 +251,15 @@ def good() -> Path:
         if name == "lora":
             apply_lora_to_behrt(model, rank=2, alpha=4, generator=torch.Generator().manual_seed(1))
         save_checkpoint(root / name, model, vocabulary=vocabulary, epoch=1, base=Base(seed=0))
+    for name in ("tuned_head", "tuned_lora"):
+        tuned = BEHRTForTask(small_model().behrt, 1, generator=torch.Generator().manual_seed(2))
+        if name == "tuned_lora":
+            apply_lora_to_behrt(tuned, rank=2, alpha=4, train_embeddings=False, generator=torch.Generator())
+        else:
+            set_trainable(tuned, freeze_base=True, train_embeddings=False)
+        task = TaskDescription(name="task", kind="binary", names=("outcome",)).as_dict()
+        save_checkpoint(root / name, tuned, vocabulary=vocabulary, epoch=1, base=Base(seed=0), task=task)
+        load_finetuned_checkpoint(root / name)
     return root
 
 
@@ -351,6 +363,28 @@ def test_a_damaged_checkpoint_is_loaded_or_refused_in_one_line(
             reads(lambda: load_adapter(small_model(), here / "in"))
 
 
+def reads_finetuned(checkpoint: Path) -> bool:
+    """As one that somebody else made, whose checksums are right."""
+    write_checksums(checkpoint, CHECKSUMS_FILE, [path for path in checkpoint.iterdir() if path.name != CHECKSUMS_FILE])
+    return reads(lambda: load_finetuned_checkpoint(checkpoint))
+
+
+@given(
+    kind_and_name=st.sampled_from(
+        [("tuned_head", name) for name in ("trained.safetensors", "checkpoint.json", "vocabulary.json")]
+        + [("tuned_lora", name) for name in ("adapter_model.safetensors", "adapter_config.json")]
+    ),
+    damage=DAMAGE,
+)
+@tried(40)
+def test_a_damaged_checkpoint_of_a_fine_tuned_run_is_loaded_or_refused_in_one_line(
+    kind_and_name: tuple[str, str], damage: list[tuple[str, float, int]]
+) -> None:
+    kind, name = kind_and_name
+    with copy_with(kind, name, damage) as here:
+        reads_finetuned(here / "in")
+
+
 # --- settings ---
 
 SCALARS = st.one_of(
@@ -363,6 +397,16 @@ NESTED = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )  # fmt: skip
+
+
+@given(task=st.dictionaries(st.sampled_from(["name", "kind", "names", "gap", "edges", "weights", "labels_of"]), NESTED))
+@tried(40)
+def test_any_description_of_a_task_is_read_or_refused_in_one_line(task: dict[str, Any]) -> None:
+    with copy_with("tuned_head", "vocabulary.json", []) as here:
+        file = here / "in" / "checkpoint.json"
+        about = json.loads(file.read_text())
+        file.write_text(json.dumps({**about, "task": {**about["task"], **task}}, default=str))
+        reads_finetuned(here / "in")
 
 
 def sections() -> SearchStrategy[dict[str, Any]]:

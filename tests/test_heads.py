@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.special import expit
 
+from behrt.concordance import harrell_c
 from behrt.config import BEHRTConfig
 from behrt.model import BEHRT
 from behrt.tasks.finetuned import TaskDescription
@@ -22,7 +23,6 @@ from behrt.tasks.heads import (
     survival_hits,
     survival_loss,
 )
-from behrt.tasks.metrics import harrell_c
 
 
 def test_the_vector_is_the_mean_of_all_tokens_beside_that_of_the_latest_visit() -> None:

@@ -10,7 +10,7 @@ import pytest
 from meds.schema import LabelSchema
 
 from behrt.config import UserError
-from behrt.tasks.labels import KINDS, read_labels, write_labels
+from behrt.labels import KINDS, read_labels, write_labels
 
 from .small_records import day
 

@@ -9,10 +9,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / "behrt"
 
 # One row a layer, from the data to the command line; inside a row a file may import from those to its left.
 LAYERS = (
-    ("config", "files", "imports", "devices", "prepare_options", "events", "fingerprint", "parallel"),
+    ("config", "files", "imports", "devices", "ranks", "prepare_options", "events", "fingerprint", "parallel"),
     (
         "coding", "visits", "cleaning", "sources.tables", "sources.placement", "sources.meds", "sources.mimic",
-        "sources.omop", "sources.synthea", "vocabulary", "population", "outcomes", "cohort", "floor", "metrics",
+        "sources.omop", "sources.synthea", "vocabulary", "labels", "concordance", "population", "outcomes", "cohort",
+        "floor", "metrics",
     ),
     ("sequences", "spill", "parts", "prepare", "masking", "batches", "ceiling"),
     ("cheap_layers", "attention", "model", "lora", "adapter_files", "parameters"),
@@ -25,14 +26,14 @@ LAYERS = (
         "doctor.targets", "doctor.checkup", "comparison", "plots",
     ),
     (
-        "tasks.task_options", "tasks.codesets", "tasks.timelines", "tasks.moments", "tasks.windows", "tasks.labels",
+        "tasks.task_options", "tasks.codesets", "tasks.timelines", "tasks.moments", "tasks.windows",
         "tasks.readmission", "tasks.disease", "tasks.survival", "tasks.phenotyping", "tasks.building",
         "tasks.features", "tasks.intervals", "tasks.metrics", "tasks.examples",
-        "tasks.heads", "tasks.example_batches", "tasks.finetuned", "tasks.weighted", "tasks.baselines",
-        "tasks.assessment", "tasks.predictions", "tasks.task_plots",
+        "tasks.heads", "tasks.example_batches", "tasks.finetuned", "tasks.probing", "tasks.weighted", "tasks.histories",
+        "tasks.baselines", "tasks.assessment", "tasks.training_labels", "tasks.predictions", "tasks.task_plots",
     ),
-    ("stopper", "run_report", "resume", "keeping", "lifecycle", "pretrain", "finetune_settings", "finetune", "embed",
-     "evaluation_report", "evaluate"),
+    ("stopper", "run_report", "resume", "changes", "keeping", "lifecycle", "pretrain", "finetune_settings", "finetune",
+     "embed", "evaluation_report", "evaluate"),
     (
         "sweep.space", "sweep.settings", "sweep.samplers", "sweep.trials", "sweep.storage", "sweep.liveness",
         "sweep.definitions", "sweep.study", "sweep.summary", "sweep.figures", "sweep.tracked", "sweep.trial",

@@ -39,6 +39,13 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def drawn(layer: LoRALinear, std: float = 1.0) -> LoRALinear:
+    """Its adapter with values; a layer by itself leaves A as memory happens to be: `insert_adapters` draws it."""
+    nn.init.normal_(layer.lora.A, std=std, generator=seeded())
+    nn.init.normal_(layer.lora.B, std=std, generator=seeded(1))
+    return layer
+
+
 def plain(kind: Callable[..., nn.Module] = BEHRTForMaskedLM, config: BEHRTConfig = TINY, seed: int = 0) -> nn.Module:
     return kind(config, generator=seeded(seed)).eval()
 
@@ -79,9 +86,7 @@ def test_a_fresh_adapter_changes_no_output():
 
 
 def test_an_adapter_adds_its_scaled_product():
-    layer = LoRALinear(nn.Linear(6, 4), rank=2, alpha=3.0)
-    nn.init.normal_(layer.lora.A, generator=seeded())
-    nn.init.normal_(layer.lora.B, generator=seeded(1))
+    layer = drawn(LoRALinear(nn.Linear(6, 4), rank=2, alpha=3.0))
     x = torch.randn(5, 6, generator=seeded(2))
     expected = x @ layer.base.weight.T + layer.base.bias + 1.5 * x @ layer.lora.A.T @ layer.lora.B.T
     torch.testing.assert_close(layer(x), expected)
@@ -109,8 +114,7 @@ def test_dropout_is_on_the_adapters_input_and_in_training_only():
 
 @pytest.mark.parametrize("leading", [(7,), (2, 3)])
 def test_gradients_are_those_of_base_and_adapter_side_by_side(leading: tuple[int, ...]):
-    layer = LoRALinear(nn.Linear(6, 4), rank=2, alpha=3.0).double()
-    nn.init.normal_(layer.lora.B, generator=seeded())
+    layer = drawn(LoRALinear(nn.Linear(6, 4), rank=2, alpha=3.0)).double()
     layer.base.requires_grad_(False)
     x = torch.randn(*leading, 6, dtype=torch.float64, generator=seeded(1), requires_grad=True)
     beside = layer.base(x) + 1.5 * x @ layer.lora.A.T @ layer.lora.B.T
@@ -121,8 +125,7 @@ def test_gradients_are_those_of_base_and_adapter_side_by_side(leading: tuple[int
 
 
 def test_in_lower_precision_base_and_adapter_are_summed_before_they_are_rounded():
-    layer = LoRALinear(nn.Linear(64, 64, bias=False), rank=4, alpha=8.0)
-    nn.init.normal_(layer.lora.B, std=0.1, generator=seeded())
+    layer = drawn(LoRALinear(nn.Linear(64, 64, bias=False), rank=4, alpha=8.0), std=0.1)
     layer.base.requires_grad_(False)
     weight = (layer.base.weight + 2 * layer.lora.B @ layer.lora.A).bfloat16()
     x = torch.eye(64)

@@ -17,7 +17,7 @@ from behrt.cli import main
 from behrt.config import ExperimentSettings, UserError, load_experiment
 from behrt.console import TerminalListener
 from behrt.files import read_json
-from behrt.history import EpochRecord, read_history, read_run
+from behrt.history import read_history, read_run
 from behrt.pretrain import pretrain
 from behrt.resume import attempt_to_resume, find_attempt
 from behrt.run_report import Listener
@@ -27,27 +27,8 @@ from behrt.terminal import stderr_console
 from behrt.trainer import LossSums, Position, Trainer
 
 from .conftest import Workspace
+from .cut_off import SAME, CutOff
 from .empty_stores import copy_workspace
-
-SAME = ("train_loss", "val_loss", "val_accuracy", "gradient_norm", "train_loss_running", "learning_rate")
-
-
-class CutOff(Listener):
-    """Ends a run after an epoch, or after so many steps, as an unforeseen error would."""
-
-    def __init__(self, after: int | None, *, steps: int | None = None) -> None:
-        self._after = after
-        self._steps = steps
-
-    def epoch(self, record: EpochRecord) -> None:
-        if record.epoch == self._after:
-            raise RuntimeError("cut off")
-
-    def step(self, step: int, steps: int) -> None:
-        if self._steps is not None:
-            self._steps -= 1
-            if self._steps < 0:
-                raise RuntimeError("cut off")
 
 
 def settings_of(workspace: Workspace, **flags: object) -> ExperimentSettings:

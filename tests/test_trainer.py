@@ -128,6 +128,17 @@ def test_dropout_is_the_same_at_the_same_step_whatever_was_drawn_before() -> Non
     assert losses[0] == losses[1]
 
 
+def test_every_micro_batch_of_a_step_draws_its_own_dropout() -> None:
+    model = nn.Sequential(nn.Linear(3, 50), nn.Dropout(0.5), nn.Linear(50, 1))
+    drawn: list[torch.Tensor] = []
+    model[1].register_forward_hook(lambda module, inputs, output: drawn.append(output != 0) if model.training else None)
+    same = points(8, 0)
+    list(trainer(model, [[same, same], [same]], epochs=1).epochs())
+    assert len(drawn) == 3
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.equal(drawn[first], drawn[second])
+
+
 def test_only_what_is_trainable_changes() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
     model[0].requires_grad_(False)

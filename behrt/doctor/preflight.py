@@ -59,6 +59,7 @@ def probe(
     adaptation: AdaptationSettings,
     device: torch.device,
     precision: torch.dtype = torch.float32,
+    ranks: int = 1,
 ) -> dict[str, Any]:
     """Facts about a run before its first step, named as in `RunFacts`; None is "could not be found out".
 
@@ -69,6 +70,7 @@ def probe(
         model: on `device`, its adapters inserted and its trainability set.
         loss, steps, train_evaluation, validation, precision: what `Trainer` will be given.
         adaptation: what was asked for.
+        ranks: processes that train together; `steps` are the share of this one.
     """
     with untouched(model, device):
         counts = count_parameters(model)
@@ -92,7 +94,7 @@ def probe(
         step = first_scored_step(steps)
         if step is None:
             return facts
-        load = Load.of(steps, itertools.chain(train_evaluation, validation))
+        load = Load.of(steps, itertools.islice(itertools.chain(train_evaluation, validation), 0, None, ranks))
         silent = _silent_adapters(model, step, device)
         row = gradient_pass(model, loss, one_row(step), device=device, precision=precision)
         needed = partial(

@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 
 from behrt.config import UserError
@@ -218,10 +219,20 @@ def _settle(study: SweepStudy, tracked: TrackedRun) -> None:
     if summary.best is not None:
         tracked.tag({"best_trial": str(summary.best.number), "best_run_id": str(summary.best.run_id)})
     draw_ended(summary.records, sweep.name)
-    figures = study_folder(sweep.name) / "plots"
     with tolerated("drawing the study"):
-        if draw_study(summary.records, sweep, figures):
-            tracked.log_artifacts(figures, under="plots")
+        draw_what_is_new(summary.records, sweep, tracked)
+
+
+def draw_what_is_new(records: list[TrialRecord], sweep: Sweep, tracked: TrackedRun) -> None:
+    """Draws the study, and gives the figures to MLflow, unless both was done of these very trials: it takes seconds."""
+    figures = study_folder(sweep.name) / "plots"
+    stamp = figures.with_name(".drawn")
+    shown = sha256(repr((tracked.run_id, sweep.definition(), records)).encode()).hexdigest()
+    if figures.is_dir() and stamp.is_file() and stamp.read_text() == shown:
+        return
+    if draw_study(records, sweep, figures):
+        tracked.log_artifacts(figures, under="plots")
+    write_text(stamp, shown)
 
 
 def feed_trials(records: list[TrialRecord]) -> None:
@@ -230,10 +241,18 @@ def feed_trials(records: list[TrialRecord]) -> None:
         if not record.state.has_ended or record.folder is None or not (Path(record.folder) / RECORD_FILE).exists():
             continue
         try:
-            if not read_run(Path(record.folder)).get("tracking_complete"):
+            if not _is_told(Path(record.folder)):
                 sync_folder(Path(record.folder))
-        except UserError as error:  # never begun, taken away, or MLflow does not answer: `behrt sync` can do it later
+        except UserError as error:  # taken away, or MLflow does not answer: `behrt sync` can do it later
             log.warning("trial %d: not all of it is in MLflow: %s", record.number, error)
+
+
+def _is_told(folder: Path) -> bool:
+    """Whether MLflow has all of a trial; not of one that was stopped before it could write so much as `run.json`."""
+    try:
+        return bool(read_run(folder).get("tracking_complete"))
+    except UserError:
+        return False
 
 
 def draw_ended(records: list[TrialRecord], study: str) -> set[int]:

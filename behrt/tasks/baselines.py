@@ -1,9 +1,8 @@
 """How well does counting predict, on the same labels and the same tokens?
 
 Predictors that anybody would try first, fitted on the training rows of a task: prevalence, a regression, boosted trees.
-They see age at the last visible event, length of the history (tokens, visits, years) and how often each code is in it;
-not what stands together, nor in which order. Of a history that is longer than BEHRT has positions for they see all.
-What they leave to choose is chosen on tuning, by the loss that they are fitted with, as the best epoch of BEHRT is.
+What they see of a row is in `histories.py`. What they leave to choose is chosen on tuning, by the loss that they are
+fitted with, as the best epoch of BEHRT is.
 """
 
 from __future__ import annotations
@@ -19,18 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from behrt.tasks.examples import Examples
-from behrt.vocabulary import FIRST_CODE, UNK
+from behrt.tasks.histories import Dense, History, Matrix, Scaled
 
 if TYPE_CHECKING:
-    from scipy.sparse import csr_array
-
-NUMBERS = ("age", "tokens", "visits", "years")
-"""What is known of a history beside its codes: the age is that of the last visible event."""
+    pass
 
 MOST_ROWS = 100_000
 """Training rows, evenly drawn where there are more: trees take a minute there on two cores, for each label."""
-MOST_CODES = 256
-"""Codes of trees and of the Cox regression, whose tables are dense: those of most training rows."""
 MOST_COX_ROWS = 20_000
 """Training rows of the Cox regression: each step of it goes over all of them for each column."""
 
@@ -48,7 +42,6 @@ FEW_ROWS = 20_000
 SHORTEST_DAYS = 0.5
 """Of an observation, where its length is divided by."""
 
-Matrix = NDArray[np.floating[Any]]
 Progress = Callable[[str, int, int], None]
 
 
@@ -63,53 +56,6 @@ def threads_for(rows: int) -> Iterator[None]:
 
     with threadpool_limits(1 if rows < FEW_ROWS else None):
         yield
-
-
-@dataclass(frozen=True)
-class History:
-    """What the baselines see of rows.
-
-    Attributes:
-        numbers: float64 [rows, `NUMBERS`]; NaN is not known.
-        counts: float32 [rows, vocab_size], sparse: how often each code is there, `[UNK]` among them.
-    """
-
-    numbers: Matrix
-    counts: csr_array
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def take(self, rows: NDArray[Any]) -> History:
-        return History(self.numbers[rows], self.counts[rows])
-
-
-def history_of(examples: Examples, vocab_size: int) -> History:
-    """Of the visible tokens of each row, and of no other."""
-    from scipy.sparse import csr_array
-
-    numbers = np.full((len(examples), len(NUMBERS)), np.nan)
-    parts = []
-    lengths = np.zeros(len(examples), np.int64)
-    for row in range(len(examples)):
-        patient = int(examples.patients[row])
-        codes, ages, visits = examples.split.sequence(patient)
-        seen = examples.seen(row)
-        own, times = codes[seen], examples.split.times(patient)[seen]
-        lived = ages[seen] != 0  # some sources date the sex at the birth, where no history begins
-        if not lived.any():
-            lived[:] = True
-        visited = np.unique(visits[seen][lived])
-        years = np.ptp(times[lived]) / np.timedelta64(1, "D") / 365.25
-        numbers[row] = ages[seen].max(), len(own), (visited > 0).sum(), years  # [CLS] is in visit 0
-        own = own[(own >= FIRST_CODE) | (own == UNK)]
-        parts.append(own)
-        lengths[row] = len(own)
-    columns = np.concatenate([np.zeros(0, np.int32), *parts])
-    bounds = np.concatenate([[0], np.cumsum(lengths)])
-    counts = csr_array((np.ones(len(columns), np.float32), columns, bounds), shape=(len(examples), vocab_size))
-    counts.sum_duplicates()
-    return History(numbers, counts)
 
 
 @dataclass(frozen=True)
@@ -209,31 +155,7 @@ def _evenly(rows: int, most: int) -> NDArray[np.int64]:
     return np.unique(np.linspace(0, rows - 1, min(rows, most)).astype(np.int64)) if rows else np.zeros(0, np.int64)
 
 
-# --- what a regression sees
-
-
-class _Scaled:
-    """Numbers, the longer ones as logarithms, on one scale; NaN becomes the mean, and a column says so."""
-
-    def __init__(self, history: History) -> None:
-        values = self._values(history)
-        known = ~np.isnan(values)
-        rows = np.maximum(known.sum(0), 1)
-        self._mean = np.where(known, values, 0).sum(0) / rows
-        spread = np.sqrt(np.where(known, (values - self._mean) ** 2, 0).sum(0) / rows)
-        self._spread = np.where(spread > 0, spread, 1.0)
-
-    @staticmethod
-    def _values(history: History) -> Matrix:
-        values = history.numbers.copy()
-        values[:, 1:] = np.log1p(values[:, 1:])
-        return values
-
-    def __call__(self, history: History) -> Matrix:
-        scaled = (self._values(history) - self._mean) / self._spread
-        unknown = np.isnan(scaled[:, :1])
-        squared = np.nan_to_num(scaled[:, :1]) ** 2  # risk need not rise evenly with age
-        return np.concatenate([np.nan_to_num(scaled), squared, unknown], axis=1)
+# --- a regression
 
 
 def _logistic(
@@ -243,7 +165,7 @@ def _logistic(
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    scaled = _Scaled(history)
+    scaled = Scaled(history)
 
     def table(rows: History) -> Any:
         return hstack([csr_array(scaled(rows)), rows.counts.log1p()], format="csr")
@@ -274,22 +196,7 @@ def _log_loss(labels: NDArray[np.bool_], probabilities: Matrix) -> float:
     return float(-np.log(own).mean()) if len(own) else np.inf
 
 
-# --- what trees and the Cox regression see
-
-
-class _Dense:
-    """Numbers, and the counts of the codes that most rows have."""
-
-    def __init__(self, history: History, most: int = MOST_CODES) -> None:
-        rows_with = np.asarray((history.counts > 0).sum(axis=0)).ravel()
-        common = np.argsort(-rows_with, kind="stable")[:most]
-        self.codes = np.sort(common[rows_with[common] > 0])
-
-    def counts(self, history: History) -> Matrix:
-        return np.asarray(history.counts[:, self.codes].toarray())
-
-    def __call__(self, history: History) -> Matrix:
-        return np.concatenate([history.numbers.astype(np.float32), self.counts(history)], axis=1)
+# --- trees
 
 
 def _trees(
@@ -297,7 +204,7 @@ def _trees(
 ) -> tuple[Callable[[History], Matrix], str]:
     from sklearn.ensemble import HistGradientBoostingClassifier
 
-    table = _Dense(history)
+    table = Dense(history)
     seen, tuning_seen = table(history), table(tuning)
     model, trees, about = _boosted(
         lambda leaves: HistGradientBoostingClassifier(
@@ -361,7 +268,7 @@ def _rate_trees(
     events, days = train.seen_events, _days(train)
     if not events.any():
         return Baseline("boosted_trees", "no event in training", lambda rows: np.zeros(len(rows)))
-    table = _Dense(history)
+    table = Dense(history)
     seen, tuning_seen = table(history), table(tuning_history)
     scale = days.sum() / events.sum()  # rates around 1
 
@@ -393,14 +300,14 @@ def _cox(train: Examples, history: History, tuning: Examples, tuning_history: Hi
     """Cox regression with an elastic net; the strength of its penalty is that of highest C on tuning."""
     from sksurv.linear_model import CoxnetSurvivalAnalysis
 
-    from behrt.tasks.metrics import harrell_c
+    from behrt.concordance import harrell_c
 
     progress("Cox regression", 0, 2)
     kept = _evenly(len(train), MOST_COX_ROWS)
     train, history = train.take(kept), history.take(kept)
     if not train.seen_events.any():
         return Baseline("cox_regression", "no event in training", lambda rows: np.zeros(len(rows)))
-    scaled, table = _Scaled(history), _Dense(history)
+    scaled, table = Scaled(history), Dense(history)
 
     def seen(rows: History) -> Matrix:
         return np.concatenate([scaled(rows), np.log1p(table.counts(rows))], axis=1)

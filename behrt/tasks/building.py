@@ -21,13 +21,13 @@ from behrt.config import UserError
 from behrt.events import EventSource, Shard
 from behrt.files import clear_spills, remains_beside, spill_beside
 from behrt.fingerprint import fingerprint, reading
+from behrt.labels import write_labels
 from behrt.parallel import default_workers, in_order
 from behrt.prepare import open_source, silent
 from behrt.prepare_options import PrepareOptions
 from behrt.spill import Progress
 from behrt.tasks.codesets import CodeSets
 from behrt.tasks.disease import first_occurrences, next_visits
-from behrt.tasks.labels import write_labels
 from behrt.tasks.phenotyping import phenotypes
 from behrt.tasks.readmission import readmissions
 from behrt.tasks.survival import survival_times
@@ -210,7 +210,8 @@ def label_events(
             yield labelled.labels
         totals.refuse_nothing(options)
 
-    write_labels(out, tables(), task.values)
+    name = ", ".join([task.name, *sorted(task.sets or ())])
+    write_labels(out, tables(), task.values, task=name)
     return totals.report()
 
 

@@ -18,10 +18,10 @@ import polars as pl
 from behrt.batches import FlatSequences
 from behrt.config import UserError
 from behrt.events import SPLITS
+from behrt.labels import Labels, read_labels
 from behrt.masking import Stream, stream
 from behrt.sequences import PreparedData, PreparedSplit
 from behrt.tasks.features import visible
-from behrt.tasks.labels import Labels, read_labels
 from behrt.vocabulary import SEP
 
 PREDICTED = ("binary", "multilabel", "survival")
@@ -123,10 +123,12 @@ class LabelledRecords:
         splits: by name of the split; one may be empty.
         counts: `rows` of the file (moments, whatever number of names they have), and of them those left out:
             `no_patient` in any split, and `nothing_visible` at the prediction time.
+        task: which the labels are of, where the file says so.
     """
 
     splits: dict[str, Examples]
     counts: dict[str, int]
+    task: str | None = None
 
     def __getitem__(self, split: str) -> Examples:
         return self.splits[split]
@@ -150,7 +152,8 @@ def read_examples(
         names: of a multi-label task, in that order; those of the file have to be the same. None: those of the file.
 
     Raises:
-        UserError: see `read_labels`; labels of another kind or of other names; no row of the file can be used.
+        UserError: see `read_labels`; labels of another kind or of other names; a patient in two splits; no row of the
+            file can be used.
     """
     labels = read_labels(path)
     if labels.kind not in kinds:
@@ -166,6 +169,12 @@ def read_examples(
         for name in SPLITS
         for ids in [data.split(name).subject_ids()]
     )
+    repeated = int(everyone["subject_id"].is_duplicated().sum())
+    if repeated:
+        raise UserError(
+            f"{data.folder}: is damaged: patients stand in more than one of its splits ({repeated} rows); a model "
+            "would be judged on patients that it has seen: prepare the records again"
+        )
     joined = rows.join(everyone, on="subject_id", how="inner", maintain_order="left")
     counts = {"rows": rows.height, "no_patient": rows.height - joined.height, "nothing_visible": 0}
     found = {}
@@ -178,7 +187,7 @@ def read_examples(
             f"{path}: none of its {rows.height} rows can be used: {counts['no_patient']} are of patients outside "
             f"{data.folder}, and {counts['nothing_visible']} see no event; name the labels of these records"
         )
-    return LabelledRecords(found, counts)
+    return LabelledRecords(found, counts, labels.task)
 
 
 def _wide(labels: Labels, names: tuple[str, ...]) -> pl.DataFrame:

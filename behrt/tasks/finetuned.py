@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from behrt.adapter_files import load_adapter
-from behrt.checkpoints import Base, holds_everything, load_trained, make_base, read_about
+from behrt.batches import PackedBatch
+from behrt.checkpoints import Base, Checkpoint, holds_everything, load_checkpoint, load_trained, make_base, read_about
 from behrt.config import UserError
 from behrt.model import BEHRT
-from behrt.runs import checkpoint_folder, load_base_again, load_run
+from behrt.runs import checkpoint_folder, load_base_again
 from behrt.sequences import PreparedData
 from behrt.tasks.example_batches import ExampleBatch, ExampleLayout, ExampleSet, ids_of_model
 from behrt.tasks.examples import PREDICTED, Examples
@@ -47,6 +48,7 @@ class TaskDescription:
         kind: `binary`, `multilabel` or `survival`.
         names: of the labels, in the order of the scores.
         gap: days before a prediction that it does not see.
+        labels_of: what the label file said that its labels are of; None where it did not.
         edges: of survival, upper edges of the intervals, in days.
         weights: of false and of true labels in the loss, [2][names]; empty where all weigh 1.
     """
@@ -57,6 +59,7 @@ class TaskDescription:
     gap: float = 0.0
     edges: tuple[float, ...] = ()
     weights: tuple[tuple[float, ...], ...] = ()
+    labels_of: str | None = None
 
     @property
     def outputs(self) -> int:
@@ -77,8 +80,9 @@ class TaskDescription:
                 gap=float(values["gap"]),
                 edges=tuple(map(float, values["edges"])),
                 weights=tuple(tuple(map(float, row)) for row in values["weights"]),
+                labels_of=None if values.get("labels_of") is None else str(values["labels_of"]),
             )
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             task = None
         if task is None or task.kind not in PREDICTED or not task.outputs:
             raise UserError(f"{where}: is damaged; choose another checkpoint")
@@ -86,18 +90,23 @@ class TaskDescription:
 
     def loss(self) -> Callable[[nn.Module, ExampleBatch], LossSums]:
         """The loss of a batch, summed over the labels that are known, or over the patients of a survival task."""
-        return self._survival_sums if self.kind == "survival" else self._binary_sums
+        return self._sums
 
-    def _binary_sums(self, model: nn.Module, batch: ExampleBatch) -> LossSums:
+    def _sums(self, model: nn.Module, batch: ExampleBatch) -> LossSums:
         logits = scores_of(model, batch)
-        weights = torch.tensor(self.weights, device=logits.device) if self.weights else None
-        hits = (((logits > self._shift(logits)) == (batch.targets > 0)) & known_labels(batch.targets)).sum()
-        return LossSums(binary_loss(logits, batch.targets, weights), None if model.training else hits)
+        loss = self.summed_loss(logits, batch.targets, batch.days)
+        return LossSums(loss, None if model.training else self._hits(logits, batch))
 
-    def _survival_sums(self, model: nn.Module, batch: ExampleBatch) -> LossSums:
-        logits = scores_of(model, batch)
-        asked = batch.days, batch.targets[:, 0] > 0, torch.tensor(self.edges, device=logits.device)
-        return LossSums(survival_loss(logits, *asked), None if model.training else survival_hits(logits, *asked))
+    def summed_loss(self, logits: torch.Tensor, targets: torch.Tensor, days: torch.Tensor) -> torch.Tensor:
+        """The loss of scores, [examples, outputs], summed as `loss` has it; the rest as of `ExampleBatch`."""
+        if self.kind == "survival":
+            return survival_loss(logits, days, targets[:, 0] > 0, logits.new_tensor(self.edges))
+        return binary_loss(logits, targets, logits.new_tensor(self.weights) if self.weights else None)
+
+    def _hits(self, logits: torch.Tensor, batch: ExampleBatch) -> torch.Tensor:
+        if self.kind == "survival":
+            return survival_hits(logits, batch.days, batch.targets[:, 0] > 0, logits.new_tensor(self.edges))
+        return (((logits > self._shift(logits)) == (batch.targets > 0)) & known_labels(batch.targets)).sum()
 
     def _shift(self, logits: torch.Tensor) -> torch.Tensor:
         """What weights in the loss add to the logits, [names]: without it, probabilities would be too high."""
@@ -137,11 +146,6 @@ class Finetuned:
     base: Base
 
 
-def is_finetuned(target: str | Path) -> bool:
-    """Whether a run (folder, checkpoint folder or MLflow run id) is a fine-tuned one. Raises as `load_finetuned`."""
-    return read_about(checkpoint_folder(target)).task is not None
-
-
 def load_finetuned(target: str | Path, *, checkpoint: str = "best") -> Finetuned:
     """The model of a fine-tuned run, and what it predicts.
 
@@ -170,6 +174,13 @@ def load_finetuned_checkpoint(folder: Path) -> Finetuned:
     else:
         load_trained(model, folder)
     return Finetuned(model.eval(), task, vocabulary, about.epoch, about.base)
+
+
+def load_saved(folder: Path) -> Checkpoint | Finetuned:
+    """The model of one checkpoint of any run. Raises `UserError` as `load_checkpoint` and `load_finetuned` do."""
+    if read_about(folder).task is None:
+        return load_checkpoint(folder, load_base=load_base_again)
+    return load_finetuned_checkpoint(folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,17 +242,26 @@ def embed(
     Raises:
         UserError: no such run, or one that cannot be loaded.
     """
-    run = load_finetuned(target) if is_finetuned(target) else load_run(target)
-    device = device or torch.device("cpu")
-    encoder = run.model.behrt.to(device).eval()
-    layout = ExampleLayout(encoder.config.max_position, ids_of_model(data.vocabulary, run.vocabulary))
-    parts = []
-    with torch.inference_mode():
-        for batch in ExampleSet(examples, layout):
-            packed = batch.packed.to(device)
-            vectors = patient_vectors(
-                encoder, packed.codes, packed.ages, packed.visits, packed.segments,
-                positions=packed.positions, owners=packed.labels,
-            )  # fmt: skip
-            parts.append(vectors.cpu().numpy())
-    return np.concatenate(parts)
+    run = load_saved(checkpoint_folder(target))
+    layout = ExampleLayout(run.model.config.max_position, ids_of_model(data.vocabulary, run.vocabulary))
+    return vectors_of(run.model.behrt, ExampleSet(examples, layout), device or torch.device("cpu")).numpy()
+
+
+def vectors_of(encoder: BEHRT, batches: ExampleSet, device: torch.device) -> torch.Tensor:
+    """What a head reads of all rows, float32 [rows, 2 · hidden_dim] on the CPU; the encoder is left on the device."""
+    encoder.to(device)
+    was_training = encoder.training
+    encoder.eval()
+    try:
+        with torch.inference_mode():
+            parts = [_vectors_of_batch(encoder, batch.packed.to(device)).cpu() for batch in batches]
+    finally:
+        encoder.train(was_training)
+    return torch.cat(parts)
+
+
+def _vectors_of_batch(encoder: BEHRT, packed: PackedBatch) -> torch.Tensor:
+    return patient_vectors(
+        encoder, packed.codes, packed.ages, packed.visits, packed.segments,
+        positions=packed.positions, owners=packed.labels,
+    )  # fmt: skip

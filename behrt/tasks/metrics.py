@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from behrt.concordance import harrell_c
 from behrt.tasks.intervals import DRAWS, Estimate, patient_bootstrap
 
 Flags = NDArray[np.bool_]
@@ -110,19 +111,6 @@ def _f1(labels: Flags, predicted: Flags) -> float:
     from sklearn.metrics import f1_score
 
     return float(f1_score(labels, predicted, zero_division=0.0)) if labels.any() else math.nan
-
-
-def harrell_c(events: Flags, days: Numbers, risks: Numbers) -> float:
-    """Harrell's concordance: of pairs of whom one is known to have had the event first, the share ranked so by risk."""
-    from sksurv.exceptions import NoComparablePairException
-    from sksurv.metrics import concordance_index_censored
-
-    if not events.any():
-        return math.nan
-    try:
-        return float(concordance_index_censored(events, days, risks)[0])
-    except NoComparablePairException:
-        return math.nan
 
 
 def default_tau(train_days: Numbers) -> float:

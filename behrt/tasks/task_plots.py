@@ -196,10 +196,34 @@ def risk_groups(risks: NDArray[Any], patients: NDArray[Any]) -> NDArray[np.int64
     return place if enough else None
 
 
+def survival_of(
+    events: NDArray[np.bool_], days: NDArray[np.float64], patients: NDArray[Any]
+) -> tuple[NDArray[np.float64], ...]:
+    """The Kaplan-Meier curve over rows from day 0 on, as far as enough patients are left: days, share, its 95% limits.
+
+    A patient with several rows is left as long as any of them.
+    """
+    from sksurv.nonparametric import kaplan_meier_estimator
+
+    if events.any():
+        times, alive, (low, high) = kaplan_meier_estimator(events, days, conf_type="log-log")
+    else:
+        times = np.unique(days)
+        alive = low = high = np.ones(len(times))
+    _, place = np.unique(patients, return_inverse=True)
+    longest = np.zeros(place.max() + 1)
+    np.maximum.at(longest, place, days)
+    left = len(longest) - np.searchsorted(np.sort(longest), times)  # just before each time
+    kept = left >= FEWEST_PATIENTS
+    return tuple(
+        np.concatenate([[first], values[kept]])
+        for first, values in ((0.0, times), (1.0, alive), (1.0, low), (1.0, high))
+    )
+
+
 def _draw_survival(path: Path, examples: Examples, predictor: Predictor, found: Assessment, *, title: str) -> bool:
     """Kaplan-Meier curves of the quarters of predicted risk, each as long as enough patients are left."""
     import seaborn as sns
-    from sksurv.nonparametric import kaplan_meier_estimator
 
     groups = risk_groups(predictor.scores, examples.patients)
     if groups is None:
@@ -211,25 +235,16 @@ def _draw_survival(path: Path, examples: Examples, predictor: Predictor, found: 
         lowest = 1.0
         for place in np.unique(groups).tolist():
             own = groups == place
-            events, days = examples.seen_events[own], examples.days[own].astype(np.float64)
-            if events.any():
-                times, alive, (low, high) = kaplan_meier_estimator(events, days, conf_type="log-log")
-            else:
-                times = np.unique(days)
-                alive = low = high = np.ones(len(times))
-            left = len(days) - np.searchsorted(np.sort(days), times)  # at risk just before
-            kept = left >= FEWEST_PATIENTS
-            times, alive, low, high = (
-                np.concatenate([[first], array[kept]])
-                for first, array in ((0.0, times), (1.0, alive), (1.0, low), (1.0, high))
-            )
-            count = f"{int(events.sum()):,}" if events.sum() >= FEWEST_PATIENTS else f"fewer than {FEWEST_PATIENTS}"
-            label = f"{RISK_GROUPS[place]}: {len(days):,} rows, {count} events"
+            patients, events = examples.patients[own], examples.seen_events[own]
+            times, alive, low, high = survival_of(events, examples.days[own].astype(np.float64), patients)
+            seen = len(np.unique(patients[events]))
+            count = f"{seen:,}" if seen >= FEWEST_PATIENTS else f"fewer than {FEWEST_PATIENTS}"
+            label = f"{RISK_GROUPS[place]}: {len(np.unique(patients)):,} patients, {count} with the event"
             axes.step(times, alive, where="post", color=colours[place], label=label)
             axes.fill_between(times, low, high, step="post", color=colours[place], alpha=0.2, linewidth=0)
             lowest = min(lowest, float(low.min()))
         axes.set(
-            xlabel=f"days (a curve ends where fewer than {FEWEST_PATIENTS} are left)",
+            xlabel=f"days (a curve ends where fewer than {FEWEST_PATIENTS} patients are left)",
             ylabel="share without the event",
             ylim=(max(0.0, lowest - 0.03), 1.005),
         )

@@ -38,6 +38,10 @@ LABEL_SCHEMA: dict[str, pl.DataType] = {
 
 VALUES = tuple(LABEL_SCHEMA)[2:]
 
+TASK_KEY = b"behrt.task"
+"""Of the parquet file's own metadata: which task its labels are of; files of others lack it."""
+LONGEST_TASK = 300
+
 KINDS = {
     (): "moments",
     ("boolean_value",): "binary",
@@ -56,12 +60,14 @@ class Labels:
 
     Attributes:
         kind: one of `KINDS`.
+        task: what they are of, where the files say so (`write_labels`).
         table: `subject_id`, `prediction_time` and the value columns that are not empty, none with a null; distinct,
             sorted by subject, time and name.
     """
 
     kind: str
     table: pl.DataFrame
+    task: str | None = None
 
     @property
     def names(self) -> list[str]:
@@ -94,7 +100,16 @@ def read_labels(path: Path) -> Labels:
     if values not in KINDS:
         raise UserError(f"{path}: {_listed(values)} together mean nothing here; docs/tasks.md says what does")
     table = pl.concat([table.select("subject_id", "prediction_time", *values) for table in tables])
-    return Labels(KINDS[values], _checked(table, values, str(path)))
+    tasks = {_task_of(file) for file in files}
+    return Labels(KINDS[values], _checked(table, values, str(path)), tasks.pop() if len(tasks) == 1 else None)
+
+
+def _task_of(file: Path) -> str | None:
+    try:
+        told = (pq.read_schema(file).metadata or {}).get(TASK_KEY)
+    except (OSError, pa.ArrowException):  # polars reads some that Arrow does not
+        return None
+    return None if told is None else told.decode(errors="replace")[:LONGEST_TASK]
 
 
 def _find(path: Path) -> list[Path]:
@@ -176,14 +191,24 @@ def _checked(table: pl.DataFrame, values: tuple[str, ...], where: str) -> pl.Dat
     return table.sort(key)
 
 
-def write_labels(path: Path, tables: Iterable[pl.DataFrame], values: tuple[str, ...]) -> int:
+def told_task(task: str) -> dict[bytes, bytes]:
+    """The metadata of a file of labels of this task."""
+    return {TASK_KEY: task.encode()}
+
+
+def write_labels(
+    path: Path, tables: Iterable[pl.DataFrame], values: tuple[str, ...], *, task: str | None = None
+) -> int:
     """Writes labels as a parquet file that only its owner can read, table by table; the number of rows.
 
     Args:
         tables: with `subject_id`, `prediction_time` and the columns `values`, none with a null.
+        task: which the labels are of; `read_labels` tells it.
     """
     columns = ["subject_id", "prediction_time", *values]
-    schema = pa.schema([LabelSchema.schema().field(name) for name in columns])
+    schema = pa.schema(
+        [LabelSchema.schema().field(name) for name in columns], metadata=None if task is None else told_task(task)
+    )
     rows = 0
     with replacing_file(path) as beside:
         beside.touch(mode=0o600)
