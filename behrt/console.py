@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from behrt.batch_size import FEWEST_STEPS, BatchChoice
 from behrt.comparison import Comparison, shown
 from behrt.doctor.checkup import Checkup
 from behrt.doctor.diagnosis import Diagnosis, evidence_text
@@ -60,6 +61,27 @@ class ProgressBar:
             self._progress.remove_task(self._task)
             self._progress.stop()
             self._task = None
+
+
+def batch_lines(choice: BatchChoice) -> str:
+    """What `--batch-size auto` has found."""
+    found = [
+        f"{timing.patients}: "
+        + ("no memory" if timing.patients_per_second is None else f"{timing.patients_per_second:,.0f}")
+        for timing in choice.timings
+    ]
+    lines = [f"Batch size {choice.batch_size}" + (", the fastest here" if found else "")]
+    if found:
+        lines.append(f"  patients/s {', '.join(found)}")
+    last = choice.timings[-1] if choice.timings else None
+    if last is None or last.patients * 2 > choice.most:
+        lines.append(f"  not more   than {choice.most}, so that an epoch has {FEWEST_STEPS} steps")
+    if last is not None and last.memory_needed is not None and choice.memory_available is not None:
+        lines.append(
+            f"  memory     {last.memory_needed / 2**30:.1f} GiB for {last.patients} patients a step, of "
+            f"{choice.memory_available / 2**30:.1f}"
+        )
+    return "\n".join(lines)
 
 
 def epoch_line(record: EpochRecord, *, epochs: int, patience: int, mark: str) -> str:

@@ -30,6 +30,21 @@ class _NamedPath(click.Path):
 PATH = _NamedPath(path_type=Path)
 
 
+class _NumberOrAuto(click.ParamType[int | str]):
+    """A whole number, or `auto`: what is measured on this machine, or counted in these records."""
+
+    name = "INTEGER|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int | str:
+        if value == "auto":
+            return "auto"
+        try:
+            return int(value)
+        except ValueError:
+            name = param.opts[0] if param is not None else "number"
+            raise UserError(f"{name}: expected a number or auto, found {value!r}") from None
+
+
 def setting(name: str, help: str, *, type: Any = str, negatable: bool = False) -> Callable[[Command], Command]:
     """The option of one setting: None where it was not given, so that files and defaults show through."""
     default = SECTIONS[SECTION_OF[name]].model_fields[name].default
@@ -56,7 +71,9 @@ def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Co
 model_options = options(
     setting("model_size", "Size of the model.", type=click.Choice(list(SIZES))),
     setting("vocab_size", "Tokens in the vocabulary, at least the data's own.", type=int),
-    setting("max_position", "Longest sequence in tokens, or `auto`: what 99% of the patients need.", type=str),
+    setting(
+        "max_position", "Longest sequence in tokens, or `auto`: what 99% of the patients need.", type=_NumberOrAuto()
+    ),
     setting("dropout", "Dropout in embeddings, attention and layers.", type=float),
 )
 adaptation_options = options(
@@ -79,7 +96,11 @@ data_options = options(
 )
 training_options = options(
     setting("epochs", "Most epochs to train.", type=int),
-    setting("batch_size", "Patients per optimizer step.", type=int),
+    setting(
+        "batch_size",
+        "Patients per optimizer step; with `behrt train`, `auto` is what computes fastest here.",
+        type=_NumberOrAuto(),
+    ),
     setting("accumulation_steps", "Micro-batches that a step is computed in, to save memory.", type=int),
     setting("lr", "Highest learning rate.", type=float),
     setting(
@@ -125,13 +146,7 @@ def prepare_option(name: str, help: str, **settings: Any) -> Callable[[Command],
 
 def given(flags: dict[str, Any]) -> dict[str, Any]:
     """The flags that stand on the command line."""
-    kept = {name: value for name, value in flags.items() if value is not None}
-    if kept.get("max_position", "auto") != "auto":
-        try:
-            kept["max_position"] = int(kept["max_position"])
-        except ValueError:
-            raise UserError(f"--max-position: expected a number or auto, found {kept['max_position']!r}") from None
-    return kept
+    return {name: value for name, value in flags.items() if value is not None}
 
 
 def in_folder(experiment_file: Path | None) -> Path | None:

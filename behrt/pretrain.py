@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from behrt.batches import PackedBatch, TrainingBatches
 from behrt.changes import changes_of
 from behrt.checkpoints import Base, Transplant, make_base, read_base, save_checkpoint
-from behrt.config import ExperimentSettings, UserError
+from behrt.config import ExperimentSettings, TrainingSettings, UserError
 from behrt.devices import choose_device, choose_precision, to_device
 from behrt.doctor.checkup import Checkup, facts_before_training, tolerated
 from behrt.doctor.facts import RunFacts
@@ -75,6 +75,23 @@ def masked_lm_loss(model: nn.Module, batch: PackedBatch) -> LossSums:
     return LossSums(
         loss=F.cross_entropy(logits, labels, reduction="sum"),
         correct=None if model.training else (logits.argmax(dim=-1) == labels).sum(),
+    )
+
+
+def training_batches(records: Records, training: TrainingSettings, ranks: Ranks = ALONE) -> TrainingBatches:
+    """What a rank computes in each step of an epoch."""
+    return TrainingBatches(
+        records.training,
+        records.training_patients,
+        batch_size=training.batch_size,
+        accumulation_steps=training.accumulation_steps,
+        max_position=records.max_position,
+        row_length=records.row_length,
+        vocab_size=len(records.data.vocabulary),
+        seed=training.seed,
+        mlm_probability=training.mlm_probability,
+        rank=ranks.rank,
+        ranks=ranks.size,
     )
 
 
@@ -172,19 +189,7 @@ def pretrain(
         changes = changes_of(attempt, settings, records.data)
         former_base = read_base(attempt.checkpoint) if attempt is not None and attempt.checkpoint is not None else None
         model, base, transplanted = build_model(settings, records, former_base)
-    steps = TrainingBatches(
-        records.training,
-        records.training_patients,
-        batch_size=settings.training.batch_size,
-        accumulation_steps=settings.training.accumulation_steps,
-        max_position=records.max_position,
-        row_length=records.row_length,
-        vocab_size=len(records.data.vocabulary),
-        seed=settings.training.seed,
-        mlm_probability=settings.training.mlm_probability,
-        rank=ranks.rank,
-        ranks=ranks.size,
-    )
+    steps = training_batches(records, settings.training, ranks)
     baselines = ranks.by_first(lambda: records.baselines(model.config.vocab_size))
     run_folder = RunFolder(folder) if ranks.is_first else UnkeptFolder(folder)
     with ranks.together():

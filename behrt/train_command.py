@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from behrt.doctor.rule import Finding
+    from behrt.records import RecordsCache
     from behrt.resume import Attempt
     from behrt.run_report import RunResult
 
@@ -84,14 +85,20 @@ def train(
     """
     experiment_file = in_folder(experiment_file)
     ranks = Ranks.of_environment()
+    measures_batch = flags["batch_size"] == "auto"
+    if measures_batch:
+        refuse_beside_auto(flags, resume)
+        flags["batch_size"] = None
     if resume is None:
         settings = load_experiment(experiment_file, preset=preset, flags=given(flags))
         name, folder = place_of_run(settings, experiment_file, experiment, out)
 
     with first_import("torch"):
         from behrt.pretrain import pretrain
+        from behrt.records import RecordsCache
         from behrt.resume import attempt_to_resume
 
+    records_cache = RecordsCache()
     with ranks.joined():
         attempt = None
         if resume is not None:
@@ -103,10 +110,36 @@ def train(
                 return
             attempt = ranks.by_first(lambda: attempt_to_resume(str(folder), lambda state: folder))
             settings = attempt.settings
+        elif measures_batch:
+            settings = ranks.by_first(lambda: with_fastest_batch(settings, records_cache, ranks))
         name, folder = ranks.broadcast((name, folder))
 
-        recipe = partial(pretrain, ranks=ranks)
+        recipe = partial(pretrain, ranks=ranks, records_cache=records_cache)
         carry_out(recipe, settings, name, folder, attempt, command="train", force=force, as_json=as_json, ranks=ranks)
+
+
+def refuse_beside_auto(flags: dict[str, Any], resume: str | None) -> None:
+    """`UserError` for what makes no sense beside `--batch-size auto`."""
+    if resume is not None:
+        raise UserError("--batch-size: a run that goes on keeps its own; leave auto out")
+    if flags["accumulation_steps"] is not None:
+        raise UserError("--accumulation-steps: --batch-size auto finds what fits in one piece; leave one of them out")
+
+
+def with_fastest_batch(settings: ExperimentSettings, records_cache: RecordsCache, ranks: Ranks) -> ExperimentSettings:
+    """The settings with the batch size that is measured to be the fastest here; a person is told of it."""
+    from behrt.batch_size import choose_batch_size
+    from behrt.console import TerminalListener, batch_lines
+    from behrt.terminal import stderr_console
+
+    console = stderr_console()
+    listener = TerminalListener(console)
+    try:
+        choice = choose_batch_size(settings, records_cache, ranks, progress=listener.preparing)
+    finally:
+        listener.stop()
+    console.print(batch_lines(choice), markup=False)
+    return build_settings(lay_over(settings.model_dump(mode="json"), {"batch_size": choice.batch_size}), where=FLAGS)
 
 
 def carry_out(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from behrt.batches import PackedBatch
 from behrt.config import AdaptationSettings
-from behrt.devices import is_out_of_memory
+from behrt.devices import is_out_of_memory, seconds_when_done
 from behrt.doctor.masks import masks_change
 from behrt.doctor.memory import Keeping, Kept, memory_available, memory_needed
 from behrt.lora import LAYERS_OF_TARGET, Adapter, LoRALinear, adapted_layers
@@ -232,15 +232,15 @@ def gradient_pass(
     kept: list[Kept] = []
     total_loss = forward_seconds = seconds = 0.0
     for batch in step:
-        started = _now(device)
+        started = seconds_when_done(device)
         keeping = Keeping(model)
         with keeping.watch(), _autocast(device, precision):
             sums = loss(model, batch.to(device))
-        forward_seconds += _now(device) - started
+        forward_seconds += seconds_when_done(device) - started
         gradients: Sequence[Tensor | None] = [None] * len(trained)
         if trained and sums.loss.requires_grad:
             gradients = torch.autograd.grad(sums.loss / scored, list(trained.values()), allow_unused=True)
-        seconds += _now(device) - started
+        seconds += seconds_when_done(device) - started
         total_loss += sums.loss.item()
         for name, gradient in zip(trained, gradients, strict=True):
             if gradient is not None:
@@ -362,10 +362,10 @@ def optimizer_seconds(model: nn.Module, device: torch.device) -> float:
     stand_in.grad = torch.zeros_like(stand_in)
     optimizer = AdamW([stand_in], fused=True)
     for _ in range(2):  # the first step allocates the optimizer's state
-        started = _now(device)
+        started = seconds_when_done(device)
         nn.utils.clip_grad_norm_([stand_in], 1.0)
         optimizer.step()
-        seconds = _now(device) - started
+        seconds = seconds_when_done(device) - started
     return seconds * trained / stand_in.numel()
 
 
@@ -375,15 +375,6 @@ def optimizer_seconds(model: nn.Module, device: torch.device) -> float:
 def _size(batch: PackedBatch) -> int:
     """Tokens that the encoder computes."""
     return batch.num_tokens
-
-
-def _now(device: torch.device) -> float:
-    """The time in seconds when the device has done all it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-    return time.perf_counter()
 
 
 def _autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[object]:
