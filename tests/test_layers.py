@@ -32,7 +32,7 @@ LAYERS = (
         "tasks.heads", "tasks.example_batches", "tasks.finetuned", "tasks.probing", "tasks.weighted", "tasks.histories",
         "tasks.baselines", "tasks.assessment", "tasks.training_labels", "tasks.predictions", "tasks.task_plots",
     ),
-    ("stopper", "run_report", "resume", "changes", "keeping", "lifecycle", "pretrain", "finetune_settings", "finetune",
+    ("stopper", "run_report", "resume", "changes", "keeping", "lifecycle", "pretrain", "batch_size", "finetune_settings", "finetune",
      "embed", "evaluation_report", "evaluate"),
     (
         "sweep.space", "sweep.settings", "sweep.samplers", "sweep.trials", "sweep.storage", "sweep.liveness",
