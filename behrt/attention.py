@@ -236,7 +236,7 @@ class PatientGroups:
         """The same groups where only the tokens `wanted` ask (int64 indices, rising); all are asked."""
         patients = torch.bucketize(wanted.cpu(), self.counts.cumsum(0), right=True)
         counts = torch.bincount(patients, minlength=len(self.counts))
-        queries = Side(counts, self.lanes, heads=self.keys.heads, device=wanted.device)
+        queries = Side(counts, self.lanes, heads=self.keys.heads, device=self.keys.places.device)
         return replace(self, queries=queries, biases=_biases(self.lanes, queries, self.keys))
 
 
@@ -279,7 +279,8 @@ class PatientRuns:
 
     def asking(self, wanted: Tensor) -> PatientRuns:
         """The same patients where only the tokens `wanted` ask (int64 indices, rising); all are asked."""
-        before = torch.searchsorted(wanted.to(self.keys.dtype), self.keys, out_int32=True)
+        wanted = to_device(wanted, self.keys.device).to(self.keys.dtype)
+        before = torch.searchsorted(wanted, self.keys, out_int32=True)
         return replace(self, queries=before)
 
 

@@ -230,6 +230,29 @@ def params(experiment_file: Path | None, preset: str | None, as_json: bool, **fl
 
 
 @cli.command()
+@json_option
+def devices(as_json: bool) -> None:
+    """Show what is there to compute with, and which of it a run would use."""
+    from behrt.hardware import absent, devices_here
+
+    found, missing = devices_here(), absent()
+    if as_json:
+        click.echo(json.dumps({"devices": [device.as_dict() for device in found], "absent": missing}))
+        return
+    from behrt.console import device_table
+    from behrt.terminal import stderr_console
+
+    console = stderr_console()
+    console.print(device_table(found))
+    lines = [f"A run uses {found[0].device}, in {found[0].precision}; --device and --precision choose otherwise."]
+    cards = sum(device.device.startswith("cuda") for device in found)
+    if cards > 1:
+        lines.append(f"All {cards} cards: torchrun --nproc-per-node {cards} -m behrt train")
+    lines += [f"No {name}: {reason}." for name, reason in missing.items()]
+    console.print("\n".join(lines), markup=False)
+
+
+@cli.command()
 @click.argument("target", required=False)
 @click.option("--map", "columns", multiple=True, metavar="NAME=COLUMN", help="A figure under another name.")
 @click.option("--list", "as_list", is_flag=True, help="List all rules.")

@@ -341,6 +341,13 @@ class TrainingSettings(Section):
     precision: Precision = "auto"
     compile: bool = Field(default=False, description="whether the layers are compiled, on CUDA")
 
+    @field_validator("batch_size", mode="before")
+    @classmethod
+    def _is_a_number(cls, value: Any) -> Any:
+        if value == "auto":
+            raise ValueError("auto is for behrt train on the command line, which writes the number that it finds")
+        return value
+
     @model_validator(mode="after")
     def _micro_batches_hold_patients(self) -> Self:
         if self.accumulation_steps > self.batch_size:

@@ -19,6 +19,7 @@ from behrt.doctor.checkup import Checkup
 from behrt.doctor.diagnosis import Diagnosis, evidence_text
 from behrt.doctor.facts import RunFacts
 from behrt.doctor.rule import Finding, Severity
+from behrt.hardware import DeviceReport
 from behrt.history import Baselines, EpochRecord
 from behrt.parameters import ParameterCounts
 from behrt.prepare import report_rows
@@ -82,6 +83,23 @@ def batch_lines(choice: BatchChoice) -> str:
             f"{choice.memory_available / 2**30:.1f}"
         )
     return "\n".join(lines)
+
+
+def device_table(devices: Sequence[DeviceReport]) -> Table:
+    """One row a device, the one that a run takes by itself first."""
+    table = Table("device", "name", "memory free", "--precision auto", "attention", "--compile")
+    for found in devices:
+        memory = ["?" if size is None else f"{size / 2**30:.1f}" for size in (found.memory_free, found.memory_total)]
+        table.add_row(
+            found.device,
+            Text(found.name),
+            f"{memory[0]} of {memory[1]} GiB",
+            f"{found.precision}, {found.reason}",
+            found.attention,
+            "yes" if found.compiles else "no",
+            style="bold" if found.is_chosen else None,
+        )
+    return table
 
 
 def epoch_line(record: EpochRecord, *, epochs: int, patience: int, mark: str) -> str:

@@ -193,7 +193,7 @@ class Encoder(nn.Module):
             hidden: float [tokens, hidden_dim].
             groups: whose tokens they are.
             wanted: int64 indices, rising, of the tokens whose result is needed; None is all. The last layer computes
-                only these: the others matter to it as keys and values alone.
+                only these: the others matter to it as keys and values alone. On the CPU nobody waits for a GPU.
 
         Returns:
             [tokens wanted, hidden_dim].
@@ -201,7 +201,10 @@ class Encoder(nn.Module):
         *layers, last = self.layers
         for layer in layers:
             hidden = layer(hidden, groups)
-        hidden = last(hidden, groups) if wanted is None else last(hidden, groups.asking(wanted), wanted)
+        if wanted is None:
+            hidden = last(hidden, groups)
+        else:
+            hidden = last(hidden, groups.asking(wanted), to_device(wanted, hidden.device))
         normalised: Tensor = self.norm(hidden)
         return normalised
 
@@ -268,7 +271,6 @@ class BEHRT(nn.Module):
         number, wanted = len(tokens), None
         if scored is not None:
             wanted = scored.to(tokens.device).flatten()[tokens].nonzero().squeeze(1)
-            wanted = to_device(wanted, codes.device)
         if filling := missing_to_recur(number, 64, codes.device):  # one more patient, whom nobody reads
             counts = torch.cat([counts, torch.tensor([filling])])
             tokens = torch.cat([tokens, tokens.new_zeros(filling)])

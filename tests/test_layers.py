@@ -23,7 +23,7 @@ LAYERS = (
         "doctor.curves", "doctor.facts", "doctor.remedies", "doctor.rule", "doctor.readings", "doctor.curve_symptoms",
         "doctor.setup_symptoms", "doctor.curve_rules", "doctor.setup_rules", "doctor.rules", "doctor.explain",
         "doctor.diagnosis", "doctor.masks", "doctor.memory", "doctor.preflight", "doctor.logs", "doctor.tables",
-        "doctor.targets", "doctor.checkup", "comparison", "plots",
+        "doctor.targets", "doctor.checkup", "hardware", "comparison", "plots",
     ),
     (
         "tasks.task_options", "tasks.codesets", "tasks.timelines", "tasks.moments", "tasks.windows",
@@ -32,8 +32,10 @@ LAYERS = (
         "tasks.heads", "tasks.example_batches", "tasks.finetuned", "tasks.probing", "tasks.weighted", "tasks.histories",
         "tasks.baselines", "tasks.assessment", "tasks.training_labels", "tasks.predictions", "tasks.task_plots",
     ),
-    ("stopper", "run_report", "resume", "changes", "keeping", "lifecycle", "pretrain", "batch_size", "finetune_settings", "finetune",
-     "embed", "evaluation_report", "evaluate"),
+    (
+        "stopper", "run_report", "resume", "changes", "keeping", "lifecycle", "pretrain", "batch_size",
+        "finetune_settings", "finetune", "embed", "evaluation_report", "evaluate",
+    ),
     (
         "sweep.space", "sweep.settings", "sweep.samplers", "sweep.trials", "sweep.storage", "sweep.liveness",
         "sweep.definitions", "sweep.study", "sweep.summary", "sweep.figures", "sweep.tracked", "sweep.trial",
