@@ -132,5 +132,9 @@ def absent() -> dict[str, str]:
         is_built = torch.version.cuda is not None
         found["cuda"] = "no card, or no driver, is seen" if is_built else f"torch {torch.__version__} has no CUDA in it"
     if not torch.backends.mps.is_available():
-        found["mps"] = "is for Macs with Apple silicon" if not torch.backends.mps.is_built() else "this Mac, or its macOS, has none"
+        found["mps"] = (
+            "is for Macs with Apple silicon"
+            if not torch.backends.mps.is_built()
+            else "this Mac, or its macOS, has none"
+        )
     return found
