@@ -56,7 +56,9 @@ RUN --mount=type=secret,id=pip --mount=type=secret,id=ca \
 FROM base
 COPY --from=builder /opt/behrt /opt/behrt
 # With a home and a name that hold for any user id, as of `docker run --user`.
+# torchrun, which may be the base's, starts PYTHON_EXEC.
 ENV PATH=/opt/behrt/bin:${PATH} \
+    PYTHON_EXEC=/opt/behrt/bin/python \
     HOME=/tmp \
     USER=behrt
 WORKDIR /workspace

@@ -11,16 +11,16 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from behrt.config import ExperimentSettings, UserError
-from behrt.devices import choose_device, choose_precision, free_cached_memory, is_out_of_memory, seconds_when_done
+from behrt.devices import choose_precision, free_cached_memory, is_out_of_memory, seconds_when_done
 from behrt.doctor.preflight import probe
 from behrt.doctor.setup_symptoms import FULL_MEMORY
 from behrt.model import BEHRTForMaskedLM
 from behrt.pretrain import EVALUATED_AT_ONCE, build_model, masked_lm_loss, training_batches
-from behrt.ranks import Ranks
 from behrt.records import Records, RecordsCache
 from behrt.spill import Progress
 from behrt.trainer import Position, Trainer
@@ -67,34 +67,39 @@ class BatchChoice:
 
 
 def choose_batch_size(
-    settings: ExperimentSettings, records_cache: RecordsCache, ranks: Ranks, *, progress: Progress | None = None
+    settings: ExperimentSettings,
+    records_cache: RecordsCache,
+    device: torch.device,
+    *,
+    ranks: int = 1,
+    progress: Progress | None = None,
 ) -> BatchChoice:
-    """Measures on this rank alone; several have as many patients each.
+    """Measures with this process alone; several ranks have as many patients each.
 
     Raises:
         UserError: settings that make no model, or of which not even the smallest step fits.
     """
-    device = ranks.take_device(choose_device(settings.training.device))
     precision = choose_precision(settings.training.precision, device)
     records = records_cache.select(settings, progress=progress)
-    most = largest_worth_trying(len(records.training_patients), ranks.size)
+    most = largest_worth_trying(len(records.training_patients), ranks)
     sizes = doubling(most)
     if len(sizes) == 1:
-        return BatchChoice(SMALLEST * ranks.size, (), most, None)
+        return BatchChoice(SMALLEST * ranks, (), most, None)
     model, _, _ = build_model(settings, records)
-    model.to(device)
     timings: list[BatchTiming] = []
     available: int | None = None
     for number, patients in enumerate(sizes):
         if progress is not None:
             progress(f"Timing steps of {patients} patients", number, len(sizes))
-        timing, available = time_steps(model, settings, records, patients, device=device, precision=precision)
+        timing, available = time_steps(
+            model, settings, records, patients, device=device, precision=precision, ranks=ranks
+        )
         timings.append(timing)
         if timing.patients_per_second is None or has_peaked(timings):
             break
     if progress is not None:
         progress("Timing steps", 1, 1)
-    return BatchChoice(fastest(timings) * ranks.size, tuple(timings), most, available)
+    return BatchChoice(fastest(timings) * ranks, tuple(timings), most, available)
 
 
 def largest_worth_trying(patients: int, ranks: int) -> int:
@@ -179,6 +184,7 @@ def time_steps(
     *,
     device: torch.device,
     precision: torch.dtype,
+    ranks: int,
 ) -> tuple[BatchTiming, int | None]:
     """Trains `model` for some steps of so many patients; what came of it, and the bytes that are there for it.
 
@@ -186,48 +192,53 @@ def time_steps(
     """
     training = settings.training.model_copy(update={"batch_size": patients, "accumulation_steps": 1})
     steps = training_batches(records, training)
-    evaluation = records.validation.packed(EVALUATED_AT_ONCE, records.row_length)
-    facts = probe(
-        model,
-        masked_lm_loss,
-        steps=steps,
-        train_evaluation=(),
-        validation=evaluation,
-        adaptation=settings.adaptation,
-        device=device,
-        precision=precision,
-    )
-    needed, available = facts.get("memory_needed"), facts["memory_available"]
-    without_room = BatchTiming(patients, None, needed)
-    if facts.get("out_of_memory"):
-        return without_room, available
-    if device.type != "cuda" and needed is not None and available is not None and needed > FULL_MEMORY * available:
-        return without_room, available
+    facts: dict[str, Any] = {}
     clock = _Clock(device)
-    trainer = Trainer(
-        model,
-        masked_lm_loss,
-        steps=steps,
-        train_evaluation=(),
-        validation=(),
-        device=device,
-        precision=precision,
-        settings=training,
-        on_step=clock.step,
-        on_memory=clock.no_room,
-    )
     try:
-        for _ in ("to compile", "to time"):
-            trainer.go_on((), Position())
-            clock.start()
-            with suppress(_Enough):
-                next(trainer.epochs())
-        return BatchTiming(patients, patients * clock.steps / clock.seconds, needed), available
+        model.to(device)
+        facts = probe(
+            model,
+            masked_lm_loss,
+            steps=steps,
+            train_evaluation=(),
+            validation=records.validation.packed(EVALUATED_AT_ONCE, records.row_length),
+            adaptation=settings.adaptation,
+            device=device,
+            precision=precision,
+            ranks=ranks,
+        )
+        if fits(facts, device):
+            trainer = Trainer(
+                model,
+                masked_lm_loss,
+                steps=steps,
+                train_evaluation=(),
+                validation=(),
+                device=device,
+                precision=precision,
+                settings=training,
+                on_step=clock.step,
+                on_memory=clock.no_room,
+            )
+            for _ in ("to compile", "to time"):
+                trainer.go_on((), Position())
+                clock.start()
+                with suppress(_Enough):
+                    next(trainer.epochs())
     except _NoRoom:
-        return without_room, available
+        clock.seconds = 0.0
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        return without_room, available
+        clock.seconds = 0.0
     finally:
         free_cached_memory(device)
+    rate = patients * clock.steps / clock.seconds if clock.seconds else None
+    return BatchTiming(patients, rate, facts.get("memory_needed")), facts.get("memory_available")
+
+
+def fits(facts: dict[str, Any], device: torch.device) -> bool:
+    """Whether a step is to be tried, by what the pre-flight says of it."""
+    needed, available = facts.get("memory_needed"), facts["memory_available"]
+    is_known = device.type != "cuda" and needed is not None and available is not None
+    return not facts.get("out_of_memory") and not (is_known and needed > FULL_MEMORY * available)

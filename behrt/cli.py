@@ -404,8 +404,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(f"behrt: {one_line(error)}", EXIT_MISTAKE, speaks=isinstance(error, RankError))
     except EndedElsewhere as error:
         return let_others_speak(error.code)
-    except RankLost:
-        return fail_by_signal("behrt: stopped, because another process of the run has ended", EXIT_TERMINATED)
+    except RankLost as error:
+        if debug:
+            raise
+        return fail_by_signal(f"behrt: stopped, because {error}", EXIT_TERMINATED)
     except RefusedRun as error:
         return fail(f"behrt: {error}", EXIT_REFUSED)
     except LostRun as error:

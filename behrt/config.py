@@ -345,7 +345,7 @@ class TrainingSettings(Section):
     @classmethod
     def _is_a_number(cls, value: Any) -> Any:
         if value == "auto":
-            raise ValueError("auto is for behrt train on the command line, which writes the number that it finds")
+            raise ValueError("auto is for behrt train on the command line, which tells the number that it finds")
         return value
 
     @model_validator(mode="after")

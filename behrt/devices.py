@@ -52,8 +52,9 @@ def fast_bf16(device: torch.device) -> str | None:
     """What multiplies bf16 faster than float32 on the device; None where nothing does, or nobody has tried."""
     import torch
 
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return "tensor cores"
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # torch answers for the card at hand
+            return "tensor cores" if torch.cuda.is_bf16_supported(including_emulation=False) else None
     if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
         return "AMX tiles"
     if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():

@@ -15,6 +15,7 @@ from behrt.attention import runs_can_stay
 from behrt.config import SIZES
 from behrt.devices import choose_device, choose_precision, fast_bf16
 from behrt.doctor.memory import control_group_room, free_memory
+from behrt.ranks import first_line
 
 BY_PATIENT = "patients end to end"
 BY_GROUP = "patients padded to groups"
@@ -104,7 +105,10 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 def memory_of(device: torch.device) -> tuple[int | None, int | None]:
     """Bytes in all, and bytes that are free for a run."""
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
+        try:
+            free, total = torch.cuda.mem_get_info(device)
+        except RuntimeError:  # it is full, or another process has it for itself
+            return None, None
         return total, free
     if device.type == "mps":
         most = torch.mps.recommended_max_memory()
@@ -121,8 +125,11 @@ def attention_of(device: torch.device, precision: torch.dtype) -> str:
     if precision is torch.float32:
         return BY_GROUP
     heads = {shape["hidden_dim"] // shape["num_heads"] for shape in SIZES.values()}
-    with torch.autocast(device.type, dtype=precision):
-        return BY_PATIENT if all(runs_can_stay(device, head) for head in heads) else BY_GROUP
+    try:
+        with torch.autocast(device.type, dtype=precision):
+            return BY_PATIENT if all(runs_can_stay(device, head) for head in heads) else BY_GROUP
+    except RuntimeError as error:
+        return f"not to be tried now: {first_line(error)}"
 
 
 def absent() -> dict[str, str]:

@@ -28,7 +28,7 @@ from behrt.resume import Attempt, best_of
 from behrt.run_report import STATUS_OF_OUTCOME, Listener, RunResult, RunStart
 from behrt.stopper import Stopper
 from behrt.tracking import PARENT_TAG, TRIAL_NUMBER, TRIAL_STATE, RunStatus
-from behrt.trainer import Trainer
+from behrt.trainer import AllOutOfMemory, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -261,11 +261,14 @@ def ending(
     """However a run ends, its folder and its MLflow run say how, with everything it has produced."""
     try:
         yield
-    except (KeyboardInterrupt, RankLost):
-        result.status = "KILLED"
+    except (KeyboardInterrupt, RankLost) as error:
+        # where a rank dies, torchrun sends the others a SIGTERM; one that all have agreed on is a person's
+        is_agreed = result.start.ranks == 1 or stopper.is_at_pauses
+        result.status, result.stopped = "KILLED", isinstance(error, KeyboardInterrupt) and is_agreed
         raise
     except Exception as error:
-        if not is_out_of_memory(error) or not run_folder.is_kept:
+        # of several ranks one may not say by itself that the run is over: the others would wait for it
+        if not (is_out_of_memory(error) and result.start.ranks == 1) and not isinstance(error, AllOutOfMemory):
             raise
         result.checkup.update(run_folder.history, out_of_memory=True)
         result.lost_to = result.checkup.reason_to_stop("error")

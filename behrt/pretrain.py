@@ -217,9 +217,9 @@ def pretrain(
             trial=trial,
             ranks=ranks.size,
         )
-        tags = {"adaptation": adaptation_name(settings), "mlflow.source.name": "behrt train"}
+        tags = {"adaptation": adaptation_name(settings), "mlflow.source.name": "behrt train", "ranks": str(ranks.size)}
         if ranks.launch:
-            tags |= {LAUNCH: ranks.launch, "ranks": str(ranks.size)}
+            tags[LAUNCH] = ranks.launch
         with ranks.together():
             feeder: Feeder = NoFeeder()
             if ranks.is_first:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from behrt.config import UserError
-from behrt.devices import is_out_of_memory
+from behrt.devices import free_cached_memory, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -126,12 +126,10 @@ class Ranks:
         try:
             yield
         except Exception as error:
-            if self.is_first or isinstance(error, RankError):
-                raise
-            if isinstance(error, UserError):
-                raise RankError(f"rank {self.rank}: {error}") from error
             if is_out_of_memory(error):
-                raise RankError(f"rank {self.rank}: the device has no memory left") from error
+                raise RankError(f"rank {self.rank}: the device has no memory left; lower --batch-size") from error
+            if isinstance(error, UserError) and not (self.is_first or isinstance(error, RankError)):
+                raise RankError(f"rank {self.rank}: {error}") from error
             raise
         self.same(None)
         dist.destroy_process_group()
@@ -156,12 +154,12 @@ class Ranks:
         return torch.device("cuda", self.local_rank)
 
     def connect(self, device: torch.device) -> None:
-        """Makes ready for tensors on `device`; all ranks call this."""
+        """Makes ready for tensors on `device`; all ranks call this. What is wrong with NCCL itself, torch says."""
         if not self.is_alone and device.type == "cuda":
             import torch.distributed as dist
 
-            with self._guarded():
-                self._nccl = dist.new_group(backend="nccl")
+            free_cached_memory(device)  # of which NCCL takes its own
+            self._nccl = dist.new_group(backend="nccl")
 
     # What all ranks do together: each call waits for the same call of every other rank
 
@@ -274,10 +272,18 @@ class Ranks:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            raise RankLost(f"another rank has ended ({type(error).__name__})") from error
+            raise RankLost(f"another process of the run has ended ({first_line(error)})") from error
 
 
 ALONE = Ranks()
+
+
+def first_line(error: Exception) -> str:
+    """
+    >>> first_line(RuntimeError("[pair.cc:524] Connection closed by peer\\nand where"))
+    '[pair.cc:524] Connection closed by peer'
+    """
+    return str(error).strip().partition("\n")[0][:200]
 
 
 def _launch(run_id: str) -> str:

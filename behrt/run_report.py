@@ -118,6 +118,7 @@ class RunResult:
         refused: whether the pre-flight kept it from training.
         lost_to: the finding that ended it, where one did.
         pruned: whether its listener ended it.
+        stopped: whether a signal ended it.
         run_id: MLflow's id of the run, as soon as it is known.
         accumulation_steps: micro-batches of a step, doubled wherever memory ran out.
         recoveries: how often the run went back to a checkpoint because a loss was no number.
@@ -131,6 +132,7 @@ class RunResult:
     refused: bool = False
     lost_to: Finding | None = None
     pruned: bool = False
+    stopped: bool = False
     best: EpochRecord | None = None
     last: EpochRecord | None = None
     stopped_early: bool = False
@@ -183,6 +185,7 @@ class RunResult:
                 "refused": self.refused,
                 "lost_to": self.lost_to.rule if self.lost_to else None,
                 "pruned": self.pruned,
+                "stopped": self.stopped,
                 "trial": asdict(start.trial) if start.trial else None,
                 "best_epoch": best.epoch if best else None,
                 "best_val_loss": best.val_loss if best else None,

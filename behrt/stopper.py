@@ -65,6 +65,11 @@ class Stopper:
         return self._asked is not None
 
     @property
+    def is_at_pauses(self) -> bool:
+        """Whether a training goes on, which signals end at its pauses."""
+        return self._where is Where.AT_PAUSES
+
+    @property
     def urgency(self) -> int:
         """What was asked for as a number, by which ranks agree: 0 nothing, 1 SIGINT, 2 SIGTERM."""
         return 0 if self._asked is None else 2 if self._asked is Terminated else 1

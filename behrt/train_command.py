@@ -23,6 +23,7 @@ from behrt.config import (
     load_experiment,
     resolved,
 )
+from behrt.devices import choose_device
 from behrt.exits import LostRun, RefusedRun, one_line
 from behrt.files import is_locked
 from behrt.imports import first_import
@@ -38,8 +39,10 @@ from behrt.options import (
     training_options,
 )
 from behrt.ranks import ALONE, RankLost, Ranks, RanksDiffer
+from behrt.stopper import Terminated
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
 
     from behrt.doctor.rule import Finding
@@ -87,10 +90,13 @@ def train(
     ranks = Ranks.of_environment()
     measures_batch = flags["batch_size"] == "auto"
     if measures_batch:
-        refuse_beside_auto(flags, resume)
         flags["batch_size"] = None
+        if resume is not None:
+            raise UserError("--batch-size: a run that goes on keeps its own; leave auto out")
     if resume is None:
         settings = load_experiment(experiment_file, preset=preset, flags=given(flags))
+        if measures_batch:
+            refuse_beside_auto(settings)
         name, folder = place_of_run(settings, experiment_file, experiment, out)
 
     with first_import("torch"):
@@ -103,30 +109,35 @@ def train(
         attempt = None
         if resume is not None:
             attempt = ranks.by_first(lambda: attempt_of(resume, out=out, preset=preset, experiment=experiment))
-            settings = settings_to_resume(attempt, experiment_file, given(flags))
+            with ranks.together():
+                settings = settings_to_resume(attempt, experiment_file, given(flags))
             name, folder = ranks.by_first(partial(name_of, attempt)), attempt.folder
-        elif former := ranks.by_first(lambda: status_before_restart(folder, ranks)):
-            if former == "FINISHED":
+        elif former := ranks.by_first(lambda: run_before_restart(folder, ranks)):
+            if has_ended(former):
                 return
             attempt = ranks.by_first(lambda: attempt_to_resume(str(folder), lambda state: folder))
             settings = attempt.settings
         elif measures_batch:
-            settings = ranks.by_first(lambda: with_fastest_batch(settings, records_cache, ranks))
+            with ranks.together():
+                device = ranks.take_device(choose_device(settings.training.device))
+            settings = ranks.by_first(lambda: with_fastest_batch(settings, records_cache, device, ranks.size))
         name, folder = ranks.broadcast((name, folder))
 
         recipe = partial(pretrain, ranks=ranks, records_cache=records_cache)
         carry_out(recipe, settings, name, folder, attempt, command="train", force=force, as_json=as_json, ranks=ranks)
 
 
-def refuse_beside_auto(flags: dict[str, Any], resume: str | None) -> None:
+def refuse_beside_auto(settings: ExperimentSettings) -> None:
     """`UserError` for what makes no sense beside `--batch-size auto`."""
-    if resume is not None:
-        raise UserError("--batch-size: a run that goes on keeps its own; leave auto out")
-    if flags["accumulation_steps"] is not None:
+    if settings.training.accumulation_steps > 1:
         raise UserError("--accumulation-steps: --batch-size auto finds what fits in one piece; leave one of them out")
+    if settings.training.compile:
+        raise UserError("--compile: --batch-size auto times layers as they are; name the number that it finds")
 
 
-def with_fastest_batch(settings: ExperimentSettings, records_cache: RecordsCache, ranks: Ranks) -> ExperimentSettings:
+def with_fastest_batch(
+    settings: ExperimentSettings, records_cache: RecordsCache, device: torch.device, ranks: int
+) -> ExperimentSettings:
     """The settings with the batch size that is measured to be the fastest here; a person is told of it."""
     from behrt.batch_size import choose_batch_size
     from behrt.console import TerminalListener, batch_lines
@@ -135,7 +146,7 @@ def with_fastest_batch(settings: ExperimentSettings, records_cache: RecordsCache
     console = stderr_console()
     listener = TerminalListener(console)
     try:
-        choice = choose_batch_size(settings, records_cache, ranks, progress=listener.preparing)
+        choice = choose_batch_size(settings, records_cache, device, ranks=ranks, progress=listener.preparing)
     finally:
         listener.stop()
     console.print(batch_lines(choice), markup=False)
@@ -206,21 +217,40 @@ def carry_out(
     ranks.by_first(lambda: tell_end(result, console, as_json=as_json))
 
 
-def status_before_restart(folder: Path, ranks: Ranks) -> str | None:
-    """How the run in `folder` stands that this very torchrun has begun before it started its processes again."""
+def run_before_restart(folder: Path, ranks: Ranks) -> dict[str, Any] | None:
+    """What `run.json` says of the run in `folder`, if this very torchrun began it before it started all ranks again.
+
+    None for any other run: it makes room for a new one.
+    """
     if not ranks.restarts:
         return None
     from behrt.feeding import TrackingRecord
+    from behrt.history import read_run
     from behrt.pretrain import LAUNCH
 
     deadline = time.monotonic() + SECONDS_TO_DIE
     while is_locked(folder) and time.monotonic() < deadline:
         time.sleep(0.1)
     try:
-        record = TrackingRecord.load(folder)
+        record, run = TrackingRecord.load(folder), read_run(folder)
     except UserError:  # it died before it had one
         return None
-    return record.status if record.tags.get(LAUNCH) == ranks.launch else None
+    return run if record.tags.get(LAUNCH) == ranks.launch else None
+
+
+def has_ended(run: dict[str, Any]) -> bool:
+    """Whether a run that a restart finds is finished; False where a process of it died, and it is to go on.
+
+    Raises:
+        Terminated, RefusedRun, LostRun: as it ended before: torchrun starts again what ends with any code but 0.
+    """
+    if run.get("stopped"):
+        raise Terminated
+    if run.get("refused"):
+        raise RefusedRun("refused already; to start it again changes nothing")
+    if run.get("lost_to"):
+        raise LostRun(f"ended already ({run['lost_to']}); to start it again changes nothing")
+    return bool(run["status"] == "FINISHED")
 
 
 def tell_end(result: RunResult, console: Console, *, as_json: bool) -> None:

@@ -101,8 +101,12 @@ class Position:
         return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
 
 
+class AllOutOfMemory(Exception):
+    """Memory ran out on a rank, and all of them know: they end together."""
+
+
 @dataclass
-class Outcome:
+class MemoryOutcome:
     """What came of something that may take more memory than there is; `error` where it did."""
 
     error: Exception | None = None
@@ -329,7 +333,7 @@ class Trainer(Generic[B]):
         """Loss and accuracy in evaluation mode; the model is left in the mode it was in. Ranks share the batches."""
         was_training = self.model.training
         self.model.eval()
-        mine, outcome = (0.0, 0.0, 0.0), Outcome()
+        mine, outcome = (0.0, 0.0, 0.0), MemoryOutcome()
         try:
             for first in range(0, len(batches), self.ranks.size):
                 self.ranks.sums()
@@ -350,7 +354,7 @@ class Trainer(Generic[B]):
 
     def _evaluate_batch(self, batch: B) -> tuple[torch.Tensor, int]:
         """Summed loss (on the CPU) and hits of one batch; in halves where it is too much for the device."""
-        outcome, whole = Outcome(), []
+        outcome, whole = MemoryOutcome(), []
         with self._memory_guarded(outcome), torch.inference_mode(), self._autocast():
             whole.append(self._loss(self.model, batch.to(self._device)))
         if outcome.error is None:
@@ -415,7 +419,7 @@ class Trainer(Generic[B]):
         scored: float = sum(batch.num_scored for batch in micro_batches)
         divisor = max(1, scored) if ranks.is_alone else 1  # what other ranks score is known when all have computed
         step_loss = torch.zeros((), device=self._device)
-        outcome = Outcome()
+        outcome = MemoryOutcome()
         self._pause()
         with self._memory_guarded(outcome):
             if self._gradients is None and not ranks.is_alone:
@@ -490,16 +494,19 @@ class Trainer(Generic[B]):
         return loss[0]
 
     def _fingerprint(self) -> list[int]:
-        """A number for each parameter that is trained, in which every bit of it counts."""
+        """A number for each parameter that is trained, of all its bits; others rarely have the same by chance."""
         bits = [parameter.detach().flatten().view(torch.int32) for parameter in self._trained]
         return torch.stack([part.sum(dtype=torch.int64) for part in bits]).tolist()
 
-    def _no_memory(self, outcome: Outcome) -> Exception:
+    def _no_memory(self, outcome: MemoryOutcome) -> Exception:
         """What to raise where memory ran out on some rank: all of them end."""
-        return outcome.error or torch.OutOfMemoryError("out of memory on another rank")
+        if self.ranks.is_alone:
+            assert outcome.error is not None
+            return outcome.error
+        return AllOutOfMemory("out of memory on this rank or another")
 
     @contextmanager
-    def _memory_guarded(self, outcome: Outcome) -> Iterator[None]:
+    def _memory_guarded(self, outcome: MemoryOutcome) -> Iterator[None]:
         """Notes that the device ran out of memory, and frees what the attempt had taken; passes on all else."""
         try:
             yield

@@ -198,6 +198,7 @@ def check_config(engine: Engine) -> None:
     assert not [entry for entry in config["Env"] if re.match(r"\w*(PASSWORD|TOKEN|SECRET|PROXY|CERT)\w*=", entry, re.I)]
     assert engine.inside("id", "-u") == config["User"].partition(":")[0] == "1000"
     engine.inside(*config["Healthcheck"]["Test"][1:])
+    engine.inside("torchrun", "--standalone", "--nproc-per-node", "2", "-m", "behrt", "--version")
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
     installed = json.loads(engine.inside("python", "-c", INSTALLED))
     wrong = {name: found for name, found in installed.items() if name in pins and found.partition("+")[0] != pins[name]}
@@ -219,7 +220,10 @@ def workspace_of(engine: Engine, folder: Path) -> Path:
     """An empty volume that belongs to the image's user."""
     for name in ("", "data", "experiments", "sweeps", "mlruns"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-        os.chown(folder / name, 1000, 1000)
+        if os.geteuid() in (0, 1000):
+            os.chown(folder / name, 1000, 1000)
+        else:
+            (folder / name).chmod(0o777)
     return folder
 
 

@@ -11,7 +11,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from mlflow import MlflowClient
 from behrt.history import EPOCH_FIGURES, read_history, read_run
 from behrt.sweep.storage import open_storage
 from behrt.sweep.study import SweepStudy
+from tests.forked_ranks import free_port
 from tests.postgres_server import PASSWORD, PostgresServer, postgres_server, programs_folder, why_not
 from tests.small_sweeps import until, write_sweep
 
@@ -64,13 +64,6 @@ def program_of_postgres(name: str) -> str:
     """Of the server's folder, or of the client's."""
     folder = programs_folder()
     return shutil.which(name, path=f"{folder}:{os.environ['PATH']}:/usr/bin") or name
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class Stack:
@@ -122,7 +115,7 @@ class Stack:
     def environment(self, service: str) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "PG"))}
         about = self.file["services"][service]["environment"]
-        named = {name: self.here(value) for name, value in {**about.pop("<<", {}), **about}.items()}
+        named = {name: self.here(value) for name, value in about.items()}
         return {**kept, **named, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
     def start(self, service: str) -> subprocess.Popen[bytes]:

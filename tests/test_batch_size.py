@@ -17,11 +17,12 @@ from behrt.config import ExperimentSettings, UserError, load_experiment
 from behrt.doctor.setup_symptoms import FULL_MEMORY
 from behrt.history import read_history
 from behrt.pretrain import masked_lm_loss
-from behrt.ranks import ALONE, Ranks
 from behrt.records import RecordsCache
 from behrt.trainer import LossSums
 
 from .empty_stores import lay_store
+
+CPU = torch.device("cpu")
 
 
 def timings(*rates: float | None) -> list[BatchTiming]:
@@ -63,7 +64,7 @@ def patients_of(batch: PackedBatch) -> int:
 
 
 def test_real_steps_of_every_size_up_to_the_largest_worth_trying_are_timed(settings: ExperimentSettings) -> None:
-    choice = choose_batch_size(settings, RecordsCache(), ALONE)
+    choice = choose_batch_size(settings, RecordsCache(), CPU)
     assert [timing.patients for timing in choice.timings] == [8, 16, 32, 64]
     assert all(timing.patients_per_second for timing in choice.timings)
     assert choice.batch_size in (8, 16, 32, 64)
@@ -84,7 +85,7 @@ def test_what_is_timed_are_the_very_steps_that_were_compiled(
             seen.append((patients_of(batch), batch.codes.numpy().tobytes()))
 
     with_loss(monkeypatch, look)
-    choose_batch_size(settings, RecordsCache(), ALONE)
+    choose_batch_size(settings, RecordsCache(), CPU)
     for patients in (8, 16, 32, 64):
         steps = [codes for number, codes in seen if number == patients]
         assert len(steps) >= 2
@@ -99,7 +100,7 @@ def test_where_memory_runs_out_no_more_is_tried_and_what_fits_is_taken(
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     with_loss(monkeypatch, look)
-    choice = choose_batch_size(settings, RecordsCache(), ALONE)
+    choice = choose_batch_size(settings, RecordsCache(), CPU)
     assert [timing.patients_per_second is None for timing in choice.timings] == [False, False, True]
     assert choice.batch_size <= 16
 
@@ -107,13 +108,13 @@ def test_where_memory_runs_out_no_more_is_tried_and_what_fits_is_taken(
 def test_on_a_cpu_a_step_that_would_need_nearly_all_memory_is_not_tried(
     settings: ExperimentSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = choose_batch_size(settings, RecordsCache(), ALONE)
+    whole = choose_batch_size(settings, RecordsCache(), CPU)
     _, smaller, larger, _ = (timing.memory_needed or 0 for timing in whole.timings)
     between = int((smaller + larger) / 2 / FULL_MEMORY)
     monkeypatch.setattr("behrt.doctor.preflight.memory_available", lambda model, device: between)
     tried: list[int] = []
     with_loss(monkeypatch, lambda model, batch: tried.append(patients_of(batch)) if model.training else None)
-    choice = choose_batch_size(settings, RecordsCache(), ALONE)
+    choice = choose_batch_size(settings, RecordsCache(), CPU)
     assert [timing.patients_per_second is None for timing in choice.timings] == [False, False, True]
     assert max(tried) <= 16
 
@@ -123,18 +124,40 @@ def test_where_not_even_the_smallest_step_fits_the_user_is_told(
 ) -> None:
     monkeypatch.setattr("behrt.doctor.preflight.memory_available", lambda model, device: 1)
     with pytest.raises(UserError, match=r"--batch-size: a step of 8 patients does not fit in memory; try --max-pos"):
-        choose_batch_size(settings, RecordsCache(), ALONE)
+        choose_batch_size(settings, RecordsCache(), CPU)
+
+
+def test_ranks_on_a_cpu_share_its_memory(settings: ExperimentSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("behrt.doctor.preflight.memory_available", lambda model, device: 4 * 10**9)
+    found = [choose_batch_size(settings, RecordsCache(), CPU, ranks=ranks) for ranks in (1, 4)]
+    assert [choice.memory_available for choice in found] == [4 * 10**9, 10**9]
+    alone, shared = (choice.timings[0].memory_needed or 0 for choice in found)
+    assert shared > alone + 10**6  # the gradients end to end
+
+
+def test_a_device_that_is_full_before_the_first_step_is_no_room(
+    settings: ExperimentSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any, **named: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    freed: list[torch.device] = []
+    monkeypatch.setattr(batch_size, "probe", full)
+    monkeypatch.setattr(batch_size, "free_cached_memory", freed.append)
+    with pytest.raises(UserError, match="--batch-size: a step of 8 patients does not fit"):
+        choose_batch_size(settings, RecordsCache(), CPU)
+    assert freed == [CPU]
 
 
 def test_few_patients_are_not_timed(settings: ExperimentSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    choice = choose_batch_size(settings, RecordsCache(), ALONE)
+    choice = choose_batch_size(settings, RecordsCache(), CPU)
     assert (choice.batch_size, choice.timings) == (8, ())
 
 
 def test_several_ranks_share_the_step(settings: ExperimentSettings) -> None:
     """Each has as many patients as one would have by itself, and an epoch has as many steps."""
-    choice = choose_batch_size(settings, RecordsCache(), Ranks(0, 4))
+    choice = choose_batch_size(settings, RecordsCache(), CPU, ranks=4)
     assert [timing.patients for timing in choice.timings] == [8, 16]
     assert choice.batch_size == 4 * fastest(choice.timings)
 
@@ -160,6 +183,7 @@ def test_a_run_with_auto_is_the_run_with_the_number_that_was_found(
     ("words", "expected"),
     [
         ("train --batch-size auto --accumulation-steps 2", "--accumulation-steps: --batch-size auto finds what fits"),
+        ("train --batch-size auto --compile", "--compile: --batch-size auto times layers as they are"),
         ("train --batch-size auto --resume run", "--batch-size: a run that goes on keeps its own"),
         ("train --batch-size many", "--batch-size: expected a number or auto, found 'many'"),
     ],

@@ -1,6 +1,7 @@
 """Does `behrt devices` show what is there, and what a run would really use of it?"""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ def two_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {device.index}")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 * GIB, 48 * GIB))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     monkeypatch.setattr("behrt.hardware.runs_can_stay", lambda device, head_dim: True)
 
@@ -44,6 +46,24 @@ def test_of_two_cards_a_run_takes_the_first_and_the_user_is_told_how_to_take_bot
     said = capsys.readouterr().err
     assert "A run uses cuda:0, in bf16" in said
     assert "All 2 cards: torchrun --nproc-per-node 2 -m behrt train" in said
+
+
+@pytest.mark.usefixtures("two_cards")
+def test_a_card_that_is_full_is_shown_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def memory(device: torch.device) -> tuple[int, int]:
+        if device.index == 1:
+            raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
+        return 40 * GIB, 48 * GIB
+
+    def kernel(device: torch.device, head_dim: int) -> bool:
+        memory(device)
+        return True
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
+    monkeypatch.setattr("behrt.hardware.runs_can_stay", kernel)
+    first, second, _ = devices_here()
+    assert (first.memory_free, first.attention) == (40 * GIB, "patients end to end")
+    assert (second.memory_free, second.attention) == (None, "not to be tried now: CUDA error: out of memory")
 
 
 def test_a_mac_is_shown_with_what_its_gpu_may_take(monkeypatch: pytest.MonkeyPatch) -> None:

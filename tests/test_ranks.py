@@ -12,6 +12,7 @@ import time
 from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,24 +21,28 @@ import torch
 from mlflow import MlflowClient
 from torch import nn
 
+from behrt import pretrain as pretrain_module
 from behrt.batches import TrainingBatches
 from behrt.cli import main
 from behrt.config import BEHRTConfig, ExperimentSettings, TrainingSettings, UserError
+from behrt.exits import LostRun, RefusedRun
 from behrt.feeding import TrackingRecord
 from behrt.history import read_history, read_run
 from behrt.model import BEHRTForMaskedLM
 from behrt.parameters import apply_lora_to_behrt, count_parameters
 from behrt.pretrain import LAUNCH, masked_lm_loss, pretrain
-from behrt.ranks import Ranks
+from behrt.ranks import RankLost, Ranks
 from behrt.resume import attempt_to_resume
 from behrt.run_report import Listener
 from behrt.sequences import open_prepared
-from behrt.train_command import status_before_restart
+from behrt.stopper import Terminated
+from behrt.train_command import has_ended, run_before_restart
 from behrt.trainer import Trainer
 
 from .conftest import Workspace
 from .empty_stores import lay_store
 from .forked_ranks import ForkedRanks, command, environment_of, on_ranks
+from .small_sweeps import until
 from .test_resume import CutOff, settings_of
 from .test_trainer import Points, Steps, points, regression, squared_error
 
@@ -230,7 +235,43 @@ def test_where_one_rank_runs_out_of_memory_all_take_the_step_again_in_smaller_pa
 
 
 def test_where_one_patient_is_too_much_for_one_rank_all_end(tmp_path: Path) -> None:
-    assert on_ranks(tmp_path, 2, halve, [4, 0]) == ["OutOfMemoryError", "RankError"]
+    assert on_ranks(tmp_path, 2, halve, [4, 0]) == ["AllOutOfMemory"] * 2
+
+
+def short_of_memory(*words: str) -> int:
+    """A behrt command on whose second rank not even one patient fits."""
+    rank = Ranks.of_environment().rank
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        if rank == 1 and model.training:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return masked_lm_loss(model, batch)
+
+    pretrain_module.masked_lm_loss = loss  # type: ignore[assignment]
+    return command(*words)
+
+
+def test_a_run_that_memory_ends_on_one_rank_is_lost_on_all_and_says_what_helps(prepared: Path, tmp_path: Path) -> None:
+    lay_store(tmp_path)
+    flags = ["--data", str(prepared), "--max-patients", "40", "--batch-size", "4", "--out", "run", "--force"]
+    ranks = ForkedRanks(tmp_path, 2, short_of_memory, "train", *flags)
+    assert ranks.answers() == [4, 4]
+    first, second = ranks.said()
+    assert "memory does not suffice" in first
+    assert second == ""
+    assert read_run(tmp_path / "run")["lost_to"] == "out_of_memory"
+
+
+def runs_out_alone(ranks: Ranks) -> None:
+    if ranks.is_first:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    ranks.sums(1.0)
+
+
+def test_a_rank_that_runs_out_of_memory_by_itself_is_not_waited_for(tmp_path: Path) -> None:
+    assert on_ranks(tmp_path, 2, runs_out_alone) == ["RankError", "RankLost"]
+    assert "rank 0: the device has no memory left" in (tmp_path / "said-0.txt").read_text()
+    assert "another process of the run has ended (" in (tmp_path / "said-1.txt").read_text()
 
 
 def traffic(ranks: Ranks, prepared: Path, use_lora: bool) -> tuple[int, int]:
@@ -300,6 +341,47 @@ def test_what_fails_on_one_rank_ends_all_and_is_said_by_that_one(tmp_path: Path)
     assert "rank 1: no such thing" in (tmp_path / "said-1.txt").read_text()
 
 
+@pytest.mark.parametrize("said", ["NCCL error: unhandled system error\nLast error: shared memory", "Connection closed"])
+def test_what_the_library_says_of_a_rank_that_is_lost_is_passed_on(said: str) -> None:
+    ranks = Ranks(0, 2)
+    with pytest.raises(RankLost, match=said.partition("\n")[0]), ranks._guarded():
+        raise RuntimeError(said)
+
+
+# On GPUs that are not here
+
+
+def test_every_rank_takes_a_card_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for rank in (0, 1):
+        assert Ranks(rank, 2, local_rank=rank).take_device(torch.device("cuda")) == torch.device("cuda", rank)
+    assert taken == [0, 1]
+    assert Ranks(2, 4, local_rank=0).take_device(torch.device("cuda")).index == 0  # the first of another machine
+
+
+@pytest.mark.parametrize(
+    ("rank", "device", "said"), [(2, "cuda", "there are 2 [(]cuda[)]; start 2"), (0, "mps", "there is 1 [(]mps[)]")]
+)
+def test_more_ranks_than_cards_are_refused(monkeypatch: pytest.MonkeyPatch, rank: int, device: str, said: str) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=f"every process needs a GPU of its own, and {said}"):
+        Ranks(rank, 3, local_rank=rank).take_device(torch.device(device))
+
+
+def test_tensors_of_a_card_are_summed_by_nccl_and_what_is_agreed_on_by_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: list[object] = []
+    monkeypatch.setattr("torch.distributed.new_group", lambda backend: f"group of {backend}")
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor, group: groups.append(group))
+    monkeypatch.setattr("behrt.ranks.free_cached_memory", lambda device: None)
+    ranks = Ranks(0, 2)
+    ranks.connect(torch.device("cuda", 0))
+    ranks.all_sum(SimpleNamespace(device=torch.device("cuda", 0), nbytes=4))  # type: ignore[arg-type]
+    ranks.all_sum(torch.zeros(1))
+    assert groups == ["group of nccl", None]
+
+
 def dies(ranks: Ranks) -> None:
     ranks.sums(1.0)
     if ranks.rank == 1:
@@ -319,16 +401,17 @@ def test_a_rank_that_is_killed_is_noticed_at_once(tmp_path: Path) -> None:
         (["--lr", "-1"], 2, "lr"),
         (["--vocab-size", "9"], 2, "--vocab-size: 9 cannot hold"),
         (["--resume", "nowhere"], 2, "--resume: nowhere: no such folder"),
+        (["--resume", "{full}", "--lr", "-1"], 2, "--lr: input should be greater than 0"),
         (["--use-lora", "--no-train-embeddings", "--no-train-head", "--lr", "100"], 3, "refused"),
     ],
-    ids=["a flag", "a setting", "no run", "the pre-flight"],
+    ids=["a flag", "a setting", "no run", "a flag of a run that goes on", "the pre-flight"],
 )
 def test_a_mistake_is_said_once_and_ends_all_ranks(
     workspace: Workspace, tmp_path: Path, words: list[str], code: int, line: str
 ) -> None:
     lay_store(tmp_path)
     data = [] if "--resume" in words else ["--data", str(workspace.prepared)]
-    ranks = ForkedRanks(tmp_path, 2, command, "train", *data, *words)
+    ranks = ForkedRanks(tmp_path, 2, command, "train", *data, *(word.format(full=workspace.full) for word in words))
     assert ranks.answers() == [code, code]
     first, second = ranks.said()
     assert line in first
@@ -346,13 +429,6 @@ def test_other_commands_refuse_to_be_several_processes(
                 patch.setenv(name, value)
             assert main(words) == 2
         assert said in capsys.readouterr().err
-
-
-def wait_for(ready: Any, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.02)
 
 
 def signalled(*words: str) -> int:
@@ -379,7 +455,7 @@ def test_a_signal_to_one_rank_ends_all_at_the_same_step_and_nothing_is_lost(
     assert "To go on: behrt train --resume cut" in first
     assert "behrt: stopped by SIGTERM" in first
     assert second.strip() == ""
-    assert read_run(tmp_path / "cut")["status"] == "KILLED"
+    assert (read_run(tmp_path / "cut")["status"], read_run(tmp_path / "cut")["stopped"]) == ("KILLED", True)
     with chdir(tmp_path):
         assert read_position("cut") == (2, 5)  # the step after that, in which all are told
         assert main(["train", "--resume", "cut", "--force"]) == 0
@@ -390,14 +466,30 @@ def test_a_signal_to_one_rank_ends_all_at_the_same_step_and_nothing_is_lost(
 def test_a_restart_goes_on_with_the_run_that_the_same_torchrun_began(workspace: Workspace, tmp_path: Path) -> None:
     shutil.copytree(workspace.full, tmp_path / "run")
     record = TrackingRecord.load(tmp_path / "run")
-    for tags, restarts, expected in (
-        ({}, 1, None),
-        ({LAUNCH: "another"}, 1, None),
-        ({LAUNCH: "this"}, 0, None),
-        ({LAUNCH: "this"}, 1, "RUNNING"),
+    for tags, restarts, is_found in (
+        ({}, 1, False),
+        ({LAUNCH: "another"}, 1, False),
+        ({LAUNCH: "this"}, 0, False),
+        ({LAUNCH: "this"}, 1, True),
     ):
         replace(record, tags={**record.tags, **tags}, status="RUNNING").save(tmp_path / "run")
-        assert status_before_restart(tmp_path / "run", Ranks(restarts=restarts, launch="this")) == expected
+        found = run_before_restart(tmp_path / "run", Ranks(restarts=restarts, launch="this"))
+        assert (found is not None) == is_found
+
+
+def test_a_restart_trains_no_run_on_that_was_ended_for_a_reason() -> None:
+    run = {"status": "KILLED", "stopped": False, "refused": False, "lost_to": None}
+    assert not has_ended(run)  # a rank was lost
+    assert not has_ended({**run, "status": "RUNNING"})
+    assert has_ended({**run, "status": "FINISHED"})
+    ended: tuple[tuple[dict[str, Any], type[BaseException]], ...] = (
+        ({"stopped": True}, Terminated),
+        ({"refused": True, "status": "FAILED"}, RefusedRun),
+        ({"lost_to": "not_finite", "status": "FAILED"}, LostRun),
+    )
+    for changes, error in ended:
+        with pytest.raises(error):
+            has_ended({**run, **changes})
 
 
 # torchrun itself
@@ -428,7 +520,7 @@ def test_a_killed_rank_is_started_again_and_the_run_goes_on(
     flags += ["--precision", "fp32"]
     started = torchrun(tmp_path, *flags, "--out", "run", restarts=restarts)
     history = tmp_path / "run" / "logs" / "metrics_history.json"
-    wait_for(lambda: history.exists() and len(json.loads(history.read_text())["val_loss"]) >= 2)
+    until(lambda: history.exists() and len(json.loads(history.read_text())["val_loss"]) >= 2)
     os.kill(ranks_below(started.pid)[1], signal.SIGKILL)
     try:
         said = started.communicate(timeout=120)[1]

@@ -84,7 +84,7 @@ class Keeping:
 
 
 def memory_needed(
-    model: nn.Module, kept: Kept, *, largest_size: int, largest_evaluated: int, device: torch.device
+    model: nn.Module, kept: Kept, *, largest_size: int, largest_evaluated: int, device: torch.device, ranks: int = 1
 ) -> int:
     """Bytes on the device at the peak of training: weights, gradients, AdamW's two moments, and one micro-batch.
 
@@ -93,11 +93,12 @@ def memory_needed(
     Args:
         kept: by a micro-batch of any size; scaled to the largest, of `largest_size` tokens.
         largest_evaluated: tokens of the largest batch of an evaluation.
+        ranks: processes that train together; several lay their gradients end to end, to sum them.
     """
     trained = sum(_bytes(parameter) for parameter in model.parameters() if parameter.requires_grad)
     training = (kept.bytes + TEMPORARIES * kept.largest) * largest_size // kept.size
     evaluating = EVALUATION_TENSORS * kept.largest * largest_evaluated // kept.size
-    batch = max(training, evaluating)
+    batch = max(training, evaluating) + (trained if ranks > 1 else 0)
     if device.type == "cpu":
         return _held_bytes(model) + 4 * trained + int(CPU_HEAP_SHARE * batch) + CPU_HEAP_BYTES
     return _held_bytes(model) + 3 * trained + batch

@@ -89,7 +89,7 @@ def probe(
             "training_masks_change": masks_change(steps.epoch(1), steps.epoch(2)),
             "device": device.type,
             "steps_per_epoch": steps.steps_per_epoch,
-            "memory_available": memory_available(model, device),
+            "memory_available": memory_of_one(memory_available(model, device), device, ranks),
         }
         step = first_scored_step(steps)
         if step is None:
@@ -103,6 +103,7 @@ def probe(
             largest_size=load.largest_size,
             largest_evaluated=load.largest_evaluated,
             device=device,
+            ranks=ranks,
         )
         available = facts["memory_available"]
         fits = available is None or needed(row.kept) <= available
@@ -118,6 +119,11 @@ def probe(
             "epoch_seconds_predicted": epoch_seconds(seen, load, optimizer_seconds(model, device)),
             "out_of_memory": True if fits and whole is None else None,
         }
+
+
+def memory_of_one(available: int | None, device: torch.device, ranks: int) -> int | None:
+    """Bytes that are there for one of so many ranks: on the CPU all of them share the machine's."""
+    return available if available is None or device.type != "cpu" else available // ranks
 
 
 @contextmanager
