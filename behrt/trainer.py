@@ -503,7 +503,7 @@ class Trainer(Generic[B]):
         if self.ranks.is_alone:
             assert outcome.error is not None
             return outcome.error
-        return AllOutOfMemory("out of memory on this rank or another")
+        return AllOutOfMemory("memory ran out on this rank or another")
 
     @contextmanager
     def _memory_guarded(self, outcome: MemoryOutcome) -> Iterator[None]:
