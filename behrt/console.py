@@ -71,7 +71,7 @@ def batch_lines(choice: BatchChoice) -> str:
         + ("no memory" if timing.patients_per_second is None else f"{timing.patients_per_second:,.0f}")
         for timing in choice.timings
     ]
-    lines = [f"Batch size {choice.batch_size}" + (", the fastest here" if found else "")]
+    lines = [f"Batch size {choice.batch_size}" + (", the smallest that is about as fast as any here" if found else "")]
     if found:
         lines.append(f"  patients/s {', '.join(found)}")
     last = choice.timings[-1] if choice.timings else None

@@ -173,7 +173,7 @@ def test_a_run_with_auto_is_the_run_with_the_number_that_was_found(
         assert main([*flags, "--batch-size", "auto", "--out", "found"]) == 0
         said = capsys.readouterr().err
         found = load_experiment(Path("found/experiment.yaml")).training.batch_size
-        assert f"Batch size {found}, the fastest here" in said
+        assert f"Batch size {found}, the smallest that is about as fast as any here" in said
         assert main([*flags, "--batch-size", str(found), "--out", "given"]) == 0
     histories: list[Any] = [read_history(tmp_path / name) for name in ("found", "given")]
     assert histories[0]["val_loss"] == histories[1]["val_loss"]

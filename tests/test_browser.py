@@ -24,7 +24,6 @@ from .small_sweeps import behrt, runs_of, write_sweep
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.xdist_group("browser"),  # one server for all
     pytest.mark.skipif(
         not (shutil.which("chromium") and shutil.which("chromedriver")),
         reason="chromium and chromedriver are not installed",

@@ -25,8 +25,6 @@ from behrt.tasks import baselines
 
 from .conftest import Workspace
 
-pytestmark = pytest.mark.xdist_group("evaluate")  # one set of fine-tuned runs for all
-
 
 def labels_of(workspace: Workspace, outcome: str) -> Path:
     return workspace.prepared.parent / "meds" / "labels" / f"{outcome}.parquet"

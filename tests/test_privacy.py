@@ -47,8 +47,6 @@ from .planted_records import (
 )
 from .small_sweeps import write_sweep
 
-pytestmark = pytest.mark.xdist_group("privacy")  # one folder, in which all commands were run, for all
-
 ROOT = Path(__file__).resolve().parents[1]
 
 NOTE_ADDRESSES = """

@@ -33,8 +33,6 @@ from .small_sweeps import (
     write_sweep,
 )
 
-pytestmark = pytest.mark.xdist_group("sweep run")  # one study for all
-
 FIGURES = {"history", "intermediate_values", "importances", "slice", "parallel_coordinates", "pair"}
 
 
