@@ -33,6 +33,7 @@ SMALLER = {
     "train --data data/mine --model-size small": ["--epochs", "1"],
     "train --data data/mine --use-lora": ["--epochs", "1"],
     "train --data data/mine --batch-size auto": ["--epochs", "1"],
+    "train --resume experiments/adapted": ["--epochs", "3"],
     "train --data data/mine --preset quick": ["--epochs", "1"],
     "train experiments/the_fix": ["--epochs", "1", "--num-patients", "60", "--model-size", "small"],
     "train --preset a40": ["--epochs", "1", "--num-patients", "60", "--model-size", "small"],

@@ -495,6 +495,25 @@ def test_a_restart_trains_no_run_on_that_was_ended_for_a_reason() -> None:
 # torchrun itself
 
 
+NOTES_ITS_END = """
+import atexit, runpy, sys
+atexit.register(print, "the interpreter ends")
+sys.argv = ["behrt", "--version"]
+runpy.run_module("behrt", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_rank_ends_with_its_last_word_and_not_with_the_interpreters_own_end(size: int) -> None:
+    """In which a thread of a process group may abort it: seen once in some twenty trainings."""
+    environment = {**os.environ, **environment_of(0, size, 1), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", NOTES_ITS_END], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("behrt")
+    assert ("the interpreter ends" in done.stdout) == (size == 1)
+
+
 def torchrun(folder: Path, *words: str, restarts: int) -> subprocess.Popen[str]:
     kept = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
     starter = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]

@@ -193,7 +193,7 @@ def cut(workspace: Workspace, cut_folder: Path, tmp_path: Path, monkeypatch: pyt
     copy_workspace(cut_folder, tmp_path)
 
 
-@pytest.mark.parametrize("steps", [0, 1, 4, 6, 11])
+@pytest.mark.parametrize("steps", [0, 4, 11])
 def test_a_run_goes_on_from_any_step_in_the_same_mlflow_run(whole: ExperimentSettings, steps: int) -> None:
     cut_off(whole, Path("cut"), after=None, steps=steps)
     before = read_run(Path("cut"))
