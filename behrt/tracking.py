@@ -22,8 +22,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import cache
+from http import HTTPStatus
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Self
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 from behrt.config import UserError
 from behrt.files import locked, replacing_file, replacing_folder
@@ -94,6 +98,8 @@ def may_pass(error: Exception) -> bool:
     return not isinstance(error, lasting) and LASTING_REASONS.search(str(error)) is None
 
 
+SECONDS_TO_LOOK = 5.0
+
 PARENT_TAG = "mlflow.parentRunId"
 """By which the MLflow UI lays a run under another one."""
 
@@ -159,7 +165,29 @@ def connect() -> MlflowClient:
             f"MLFLOW_TRACKING_URI: {shown_uri()}: the store cannot be opened: {reason_of(error)}",
             may_pass=may_pass(error),
         ) from None
+    if uri.startswith("http"):
+        _look_whether_a_password_is_asked_for(uri)
     return client
+
+
+@cache
+def _look_whether_a_password_is_asked_for(uri: str) -> None:
+    """Warns, once, where a server is given a user and a password and serves whoever gives none."""
+    parts = urlsplit(uri)
+    if not (parts.username or os.environ.get("MLFLOW_TRACKING_USERNAME")):
+        return
+    place = parts._replace(netloc=parts.netloc.rpartition("@")[2], path=parts.path.rstrip("/")).geturl()
+    try:
+        urlopen(f"{place}/api/2.0/mlflow/experiments/get?experiment_id=0", timeout=SECONDS_TO_LOOK).close()
+    except HTTPError as error:
+        if error.code != HTTPStatus.NOT_FOUND:  # it has no such experiment, and says so to anybody
+            return
+    except OSError:
+        return
+    log.warning(
+        "MLFLOW_TRACKING_URI: %s asks for no password, though one is given: whoever reaches it can change its runs",
+        shown_uri(),
+    )
 
 
 def _create_store(database: Path) -> None:

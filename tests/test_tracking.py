@@ -4,8 +4,12 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from contextlib import chdir
+import threading
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -185,3 +189,45 @@ def test_a_run_in_an_image_names_the_commit_that_it_was_built_from(
         assert tracking._commit_tag() == {"mlflow.source.git.commit": "0a1b2c"}
     finally:
         tracking._commit_tag.cache_clear()
+
+
+@contextmanager
+def answering(code: int, seen: list[str | None]) -> Iterator[str]:
+    """A server that answers whoever gives no password so, and notes what it was given."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(self.headers["Authorization"])
+            self.send_response(code)
+            self.end_headers()
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(("code", "warns"), [(200, True), (404, True), (401, False), (403, False), (500, False)])
+def test_a_server_that_asks_for_no_password_is_told_of_where_one_is_given(
+    code: int, warns: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[str | None] = []
+    with answering(code, seen) as address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:hunter2@{address}")
+        tracking._look_whether_a_password_is_asked_for(f"http://user:hunter2@{address}")
+    assert seen == [None]
+    assert ("asks for no password, though one is given" in caplog.text) == warns
+    assert "hunter2" not in caplog.text
+
+
+def test_without_a_password_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_USERNAME", raising=False)
+    seen: list[str | None] = []
+    with answering(200, seen) as address:
+        tracking._look_whether_a_password_is_asked_for(f"http://{address}")
+    assert seen == []
