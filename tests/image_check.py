@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from behrt.history import read_history, read_run
+from tests.forked_ranks import free_port
 from tests.small_sweeps import until
 
 ROOT = Path(__file__).parents[1]
@@ -198,7 +199,7 @@ def check_config(engine: Engine) -> None:
     assert not [entry for entry in config["Env"] if re.match(r"\w*(PASSWORD|TOKEN|SECRET|PROXY|CERT)\w*=", entry, re.I)]
     assert engine.inside("id", "-u") == config["User"].partition(":")[0] == "1000"
     engine.inside(*config["Healthcheck"]["Test"][1:])
-    engine.inside("torchrun", "--standalone", "--nproc-per-node", "2", "-m", "behrt", "--version")
+    engine.inside("torchrun", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "behrt", "--version")
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
     installed = json.loads(engine.inside("python", "-c", INSTALLED))
     wrong = {name: found for name, found in installed.items() if name in pins and found.partition("+")[0] != pins[name]}
