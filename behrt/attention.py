@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from behrt.cheap_layers import missing_to_recur
-from behrt.devices import is_out_of_memory, to_device
+from behrt.devices import first_line, is_out_of_memory, to_device
 
 log = logging.getLogger(__name__)
 
@@ -316,8 +316,7 @@ def _kernel_agrees(device: torch.device, dtype: torch.dtype, head_dim: int) -> b
             except (ImportError, RuntimeError) as error:  # torch had none before 2.10
                 if is_out_of_memory(error):
                     raise
-                reason = str(error).partition("\n")[0]
-                log.warning("attention on %s pads patients to groups: %s", device, reason)
+                log.warning("attention on %s pads patients to groups: %s", device, first_line(error))
                 return False
     return all(torch.allclose(ours, theirs, rtol=0.05, atol=0.05) for ours, theirs in zip(*found, strict=True))
 

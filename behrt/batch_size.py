@@ -145,10 +145,6 @@ class _Enough(Exception):
     """Steps enough have been timed."""
 
 
-class _NoRoom(Exception):
-    """Memory ran out."""
-
-
 class _Clock:
     """Ends a training after some steps, and knows how long they took."""
 
@@ -173,7 +169,7 @@ class _Clock:
             raise _Enough
 
     def no_room(self, accumulation_steps: int) -> None:
-        raise _NoRoom
+        raise torch.OutOfMemoryError("out of memory")
 
 
 def time_steps(
@@ -193,6 +189,7 @@ def time_steps(
     training = settings.training.model_copy(update={"batch_size": patients, "accumulation_steps": 1})
     steps = training_batches(records, training)
     facts: dict[str, Any] = {}
+    rate: float | None = None
     clock = _Clock(device)
     try:
         model.to(device)
@@ -225,15 +222,12 @@ def time_steps(
                 clock.start()
                 with suppress(_Enough):
                     next(trainer.epochs())
-    except _NoRoom:
-        clock.seconds = 0.0
+            rate = patients * clock.steps / clock.seconds
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        clock.seconds = 0.0
     finally:
         free_cached_memory(device)
-    rate = patients * clock.steps / clock.seconds if clock.seconds else None
     return BatchTiming(patients, rate, facts.get("memory_needed")), facts.get("memory_available")
 
 

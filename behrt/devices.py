@@ -77,6 +77,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
+def first_line(error: Exception) -> str:
+    """What torch says of an error; what follows is where, and advice.
+
+    >>> first_line(RuntimeError("[pair.cc:524] Connection closed by peer\\nand where"))
+    '[pair.cc:524] Connection closed by peer'
+    """
+    return str(error).strip().partition("\n")[0][:200]
+
+
 def free_cached_memory(device: torch.device) -> None:
     """Gives back what torch holds of the device's memory without using it."""
     import torch

@@ -13,9 +13,8 @@ import torch
 
 from behrt.attention import runs_can_stay
 from behrt.config import SIZES
-from behrt.devices import choose_device, choose_precision, fast_bf16
+from behrt.devices import choose_device, choose_precision, fast_bf16, first_line
 from behrt.doctor.memory import control_group_room, free_memory
-from behrt.ranks import first_line
 
 BY_PATIENT = "patients end to end"
 BY_GROUP = "patients padded to groups"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from behrt.config import UserError
-from behrt.devices import free_cached_memory, is_out_of_memory
+from behrt.devices import first_line, free_cached_memory, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -276,14 +276,6 @@ class Ranks:
 
 
 ALONE = Ranks()
-
-
-def first_line(error: Exception) -> str:
-    """
-    >>> first_line(RuntimeError("[pair.cc:524] Connection closed by peer\\nand where"))
-    '[pair.cc:524] Connection closed by peer'
-    """
-    return str(error).strip().partition("\n")[0][:200]
 
 
 def _launch(run_id: str) -> str:
